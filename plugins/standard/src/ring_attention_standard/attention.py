@@ -1,0 +1,18 @@
+"""Variant ``standard``."""
+
+from __future__ import annotations
+
+from ring_core.attention import BaseRingAttention
+from ring_core.sequences import Sequences
+
+from ring_attention_standard.config import StandardConfig
+from ring_attention_standard.planner import DensePlan, plan_dense
+
+
+class StandardRingAttention(BaseRingAttention):
+    """Exact dense ring attention (Ring Attention, arXiv 2310.01889)."""
+
+    config_class = StandardConfig
+
+    def make_plan(self, sequences: Sequences, world: int) -> DensePlan:
+        return plan_dense(self.config, sequences, world)

@@ -1,0 +1,140 @@
+"""FlashAttention-2 as torch ships it (arXiv 2307.08691): half precision, windows without a mask array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from ring_core.dropout import Dropout
+from ring_core.masks import Band, Mask
+from ring_core.plan import Tile
+from ring_core.protocols import Problem
+from torch import Tensor
+
+from ring_attention_standard.kernels.heads import common_size, padded
+
+_forward = torch.ops.aten._flash_attention_forward
+_backward = torch.ops.aten._flash_attention_backward
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class CudaFlash:
+    """Any band in one call; head sizes up to 256; grouped heads."""
+
+    name = "flash"
+    priority = 10
+
+    def refuse(self, problem: Problem) -> str | None:
+        if problem.device.type != "cuda":
+            return "CUDA only"
+        if problem.dtype not in HALF:
+            return "float16 and bfloat16 only"
+        if problem.dropout:
+            return "cannot repeat a dropout mask on other tiles"
+        if not problem.masks <= {Band}:
+            return f"band masks only, not {sorted(m.__name__ for m in problem.masks - {Band})}"
+        if max(problem.head_dim, problem.value_dim) > 256:
+            return "head sizes up to 256 only"
+        if torch.cuda.get_device_capability(problem.device) < (8, 0):
+            return "needs compute capability 8.0 (Ampere) or newer"
+        return None
+
+    def lower(self, tile: Tile) -> Sequence[Tile]:
+        return (tile,)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor]:
+        size = common_size(q.shape[-1], v.shape[-1], multiple=8)
+        q_, k_, v_ = (_ready(x, size) for x in (q, k, v))
+        left, right = _sides(q, k, mask)
+        out, lse, *_ = _forward(
+            q_,
+            k_,
+            v_,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            False,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return out[..., : v.shape[-1]], lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        dropout: Dropout | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = common_size(q.shape[-1], v.shape[-1], multiple=8)
+        dout_, q_, k_, v_, out_ = (_ready(x, size) for x in (dout, q, k, v, out))
+        left, right = _sides(q, k, mask)
+        unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of a dropout of 0
+        with _deterministic(deterministic):
+            dq, dk, dv = _backward(
+                dout_,
+                q_,
+                k_,
+                v_,
+                out_,
+                lse.contiguous(),
+                None,
+                None,
+                q.shape[1],
+                k.shape[1],
+                0.0,
+                False,
+                unused,
+                unused,
+                scale=scale,
+                window_size_left=left,
+                window_size_right=right,
+            )
+        return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _sides(q: Tensor, k: Tensor, mask: Mask) -> tuple[int, int]:
+    """The band as the kernel's window, which is counted from aligned ends; -1 is open.
+
+    A trimmed tile's band reaches both its corners, so neither side can be negative.
+    """
+    assert isinstance(mask, Band)
+    ends = k.shape[1] - q.shape[1]
+    return (-1 if mask.lo is None else ends - mask.lo, -1 if mask.hi is None else mask.hi - ends)
+
+
+def _ready(x: Tensor, size: int) -> Tensor:
+    x = padded(x, size)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """The kernel reads torch's global switch; it is put back as it was."""
+    before, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if not wanted or before:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)

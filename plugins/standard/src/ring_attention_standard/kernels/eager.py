@@ -1,0 +1,101 @@
+"""Attention in plain torch operations: every device, dtype, mask, and dropout; blocks of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from ring_core.dropout import Dropout
+from ring_core.masks import Mask
+from ring_core.plan import Tile
+from ring_core.protocols import Problem
+from ring_core.rows import grouped
+from ring_core.softmax import accumulation_dtype
+from torch import Tensor
+
+_SCORES = 1 << 24
+"""Scores held at once: 64 MiB in float32."""
+
+
+class Eager:
+    """The kernel for whatever no other one does: named ``reference``."""
+
+    name = "reference"
+    priority = -10
+
+    def refuse(self, problem: Problem) -> str | None:
+        return None
+
+    def lower(self, tile: Tile) -> Sequence[Tile]:
+        return (tile,)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor]:
+        kv_heads, wide = k.shape[2], accumulation_dtype(q.dtype)
+        out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=wide)
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
+        k, v = k.to(wide), v.to(wide)
+        seen = mask.visible(q.shape[1], k.shape[1], q.device)
+        for rows in _blocks(q, k):
+            scores = _scores(q[:, rows].to(wide), k, scale).masked_fill(~seen[rows], -torch.inf)
+            total = torch.logsumexp(scores, dim=-1)
+            weights = _weights(scores, total) * _kept(dropout, rows, kv_heads, wide)
+            out[:, rows] = torch.einsum("bkgij,bjkd->bikgd", weights, v).flatten(2, 3)
+            lse[:, :, rows] = total.flatten(1, 2)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        dropout: Dropout | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kv_heads, wide = k.shape[2], accumulation_dtype(q.dtype)
+        k, v = k.to(wide), v.to(wide)
+        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        seen = mask.visible(q.shape[1], k.shape[1], q.device)
+        for rows in _blocks(q, k):
+            q_rows = q[:, rows].to(wide)
+            dout_rows = grouped(dout[:, rows].to(wide), kv_heads)
+            scores = _scores(q_rows, k, scale).masked_fill(~seen[rows], -torch.inf)
+            weights = _weights(scores, lse[:, :, rows].unflatten(1, (kv_heads, -1)))
+            kept = _kept(dropout, rows, kv_heads, wide)
+            dv += torch.einsum("bkgij,bikgd->bjkd", weights * kept, dout_rows)
+            delta = (dout_rows * grouped(out[:, rows].to(wide), kv_heads)).sum(-1)
+            dweights = torch.einsum("bikgd,bjkd->bkgij", dout_rows, v) * kept
+            dscores = weights * (dweights - delta.movedim(1, -1)[..., None]) * scale
+            dq[:, rows] = torch.einsum("bkgij,bjkd->bikgd", dscores, k).flatten(2, 3)
+            dk += torch.einsum("bkgij,bikgd->bjkd", dscores, grouped(q_rows, kv_heads))
+        return dq, dk, dv
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    rows = max(1, _SCORES // (q.shape[0] * q.shape[2] * k.shape[1]))
+    for start in range(0, q.shape[1], rows):
+        yield slice(start, start + rows)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[B, K, G, Sq, Sk]."""
+    return torch.einsum("bikgd,bjkd->bkgij", grouped(q, k.shape[2]), k) * scale
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), 0 for rows that see nothing."""
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+
+
+def _kept(dropout: Dropout | None, rows: slice, kv_heads: int, dtype: torch.dtype) -> Tensor | float:
+    if dropout is None:
+        return 1.0
+    return dropout.factor(rows).to(dtype).unflatten(1, (kv_heads, -1))

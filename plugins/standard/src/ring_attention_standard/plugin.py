@@ -1,0 +1,34 @@
+"""The hooks of this plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ring_core import Variant, hookimpl
+
+from ring_attention_standard.config import StandardConfig
+
+RING_HOOK_API = 1
+
+
+@hookimpl
+def ring_variant() -> Variant:
+    return Variant(
+        config=StandardConfig,
+        attention="ring_attention_standard.attention:StandardRingAttention",
+        summary="exact dense attention: causal, windows, packed documents, cross-attention",
+    )
+
+
+@hookimpl
+def ring_kernels() -> list[Any]:
+    from ring_attention_standard.kernels import KERNELS
+
+    return list(KERNELS)
+
+
+@hookimpl
+def ring_communicators() -> list[Any]:
+    from ring_attention_standard.point_to_point import PointToPoint
+
+    return [PointToPoint]

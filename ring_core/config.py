@@ -1,0 +1,154 @@
+"""The schema that every variant shares; each variant's own schema extends it.
+
+A field changes what is computed or how, or the variant refuses it by name. None is decoration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ring_core.errors import ConfigError, did_you_mean
+
+LayoutName = Literal["auto", "contiguous", "zigzag", "striped"]
+
+
+class RingAttentionConfig(BaseModel):
+    """Fields common to all variants. Frozen, hashable; JSON, YAML and JSON Schema round-trip.
+
+    Raises:
+        ConfigError: a field is unknown, out of range, or contradicts another one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    variant: str = "auto"
+    """Name of the variant that this config is for; 'auto' leaves the choice to the registry."""
+
+    causal: bool = False
+    """Let query i see key j only if j <= i (ends aligned where there are more keys than queries)."""
+
+    window: tuple[int | None, int | None] | None = None
+    """(left, right): query i sees keys from i-left to i+right; None leaves that side open."""
+
+    softmax_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor on q.k before the softmax; None means 1/sqrt(head_dim)."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an attention weight while training. Needs a kernel that can repeat
+    its mask (kernel 'reference')."""
+
+    segment_lengths: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Dilated attention (LongNet, arXiv 2307.02486): segment length of each branch, in tokens."""
+
+    dilation_rates: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Dilated attention: every how many-th row each branch keeps; as many as segment_lengths."""
+
+    layout: LayoutName = "auto"
+    """Which tokens each rank holds; 'auto' takes the one that keeps ranks equally busy."""
+
+    kernel: str = "auto"
+    """Name of the attention kernel; 'auto' takes the fastest that can do what is asked."""
+
+    communicator: str = "auto"
+    """Name of the communicator; 'auto' takes the best that serves the group."""
+
+    overlap: bool = True
+    """Fetch the next keys while these are computed; False fetches, then computes (debugging)."""
+
+    deterministic: bool = False
+    """Bitwise repeatable results, forward and backward."""
+
+    timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """Seconds that a rank waits for a peer, at a step or at a first call, before it gives up."""
+
+    @field_validator("window")
+    @classmethod
+    def _window_not_negative(
+        cls, window: tuple[int | None, int | None] | None
+    ) -> tuple[int | None, int | None] | None:
+        if window and any(side is not None and side < 0 for side in window):
+            raise ValueError("both sides count tokens and are >= 0; None leaves a side open")
+        return window
+
+    @field_validator("segment_lengths", "dilation_rates")
+    @classmethod
+    def _positive(cls, numbers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if numbers and min(numbers) < 1:
+            raise ValueError("every entry must be >= 1")
+        return numbers
+
+    @model_validator(mode="after")
+    def _one_rate_per_segment(self) -> Self:
+        lengths, rates = self.segment_lengths, self.dilation_rates
+        if (lengths is None) != (rates is None):
+            raise ValueError("segment_lengths and dilation_rates go together: give both or neither")
+        if lengths and rates and len(lengths) != len(rates):
+            raise ValueError(
+                f"segment_lengths has {len(lengths)} entries and dilation_rates {len(rates)}; "
+                "each branch needs one of each"
+            )
+        return self
+
+    def scale(self, head_dim: int) -> float:
+        """The softmax scale for heads of ``head_dim``."""
+        return self.softmax_scale if self.softmax_scale is not None else 1 / math.sqrt(head_dim)
+
+    def given(self) -> dict[str, Any]:
+        """The fields that were set explicitly, by name."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def to_yaml(self) -> str:
+        """This config as YAML text that :meth:`from_yaml` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """Read a config from YAML (or JSON) text."""
+        fields = yaml.safe_load(text)
+        if not isinstance(fields, Mapping):
+            raise ConfigError(
+                f"{cls.__name__}: expected a mapping of field names to values, got "
+                f"{type(fields).__name__}"
+            )
+        return cls(**fields)
+
+    # Pydantic raises its own ValidationError; users of this library catch one family of errors.
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise config_error(type(self), error) from error
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise config_error(cls, error) from error
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise config_error(cls, error) from error
+
+
+def config_error(schema: type[BaseModel], error: ValidationError) -> ConfigError:
+    """Pydantic's text for every bad field, with the nearest field name for an unknown one."""
+    hints = [
+        f"{name!r} is no field of {schema.__name__}."
+        + (did_you_mean(name, schema.model_fields) or f" Its fields: {', '.join(schema.model_fields)}.")
+        for name in (str(part["loc"][-1]) for part in error.errors() if part["type"] == "extra_forbidden")
+    ]
+    return ConfigError("\n".join([str(error), *hints]))
+
+
+def common_fields() -> frozenset[str]:
+    """Names of the fields that every variant has."""
+    return frozenset(RingAttentionConfig.model_fields)

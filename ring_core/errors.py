@@ -1,0 +1,70 @@
+"""Every error that this library raises on purpose, under one base class.
+
+A message says what was wrong, with the names and shapes in it, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RingError(Exception):
+    """Base of every error raised on purpose by the core or a plugin."""
+
+
+class ConfigError(RingError, ValueError):
+    """A config field is unknown, out of range, or meaningless beside another one."""
+
+
+class InputError(RingError, ValueError):
+    """A tensor, length or plan given to a call does not fit the attention or its plan."""
+
+
+class UnknownVariantError(RingError, LookupError):
+    """No installed, enabled plugin brings a variant of that name."""
+
+
+class UnknownPresetError(RingError, LookupError):
+    """No installed, enabled plugin brings a preset of that name."""
+
+
+class PluginError(RingError):
+    """A plugin cannot be used; the others can."""
+
+
+class PluginLoadError(PluginError):
+    """A plugin failed to import or to register."""
+
+
+class HookApiError(PluginError):
+    """A plugin was built for another version of the hook API."""
+
+
+class DuplicateNameError(PluginError):
+    """Two plugins claim one name, so neither is taken."""
+
+
+class KernelError(RingError):
+    """No kernel can compute what was asked, or the one asked for by name cannot."""
+
+
+class CommunicatorError(RingError):
+    """No communicator serves the group, or the one asked for by name does not."""
+
+
+class DisagreementError(RingError):
+    """The ranks of a group called with different configs, plans, shapes or dtypes, or one is missing.
+
+    The message is the same on every rank.
+    """
+
+
+class RingTimeoutError(RingError, TimeoutError):
+    """A peer did not deliver within ``timeout`` seconds; the group cannot be used any more."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the option closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,100 @@
+"""Masks of tiles: descriptors that say which query rows see which key rows, never arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Mask(ABC):
+    """Which of a tile's query rows ``x`` see which of its key rows ``y``, both counted from 0.
+
+    Hashable and comparable; subclasses are frozen dataclasses. A kernel names the mask classes it
+    computes; :meth:`visible` is the definition, and what the reference kernel uses.
+    """
+
+    @abstractmethod
+    def visible(self, nq: int, nk: int, device: object = None) -> Tensor:
+        """The definition: bool [nq, nk], True where row x sees row y."""
+
+    @abstractmethod
+    def count(self, nq: int, nk: int) -> int:
+        """Number of visible pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Band(Mask):
+    """Row x sees row y if ``lo <= y - x <= hi``; None leaves a side open.
+
+    Causal is ``Band(None, 0)``; a window is a band; strided rows and offsets between the tile's
+    corners are already worked into the numbers.
+    """
+
+    lo: int | None = None
+    hi: int | None = None
+
+    def visible(self, nq: int, nk: int, device: object = None) -> Tensor:
+        import torch
+
+        offset = torch.arange(nk, device=device) - torch.arange(nq, device=device)[:, None]  # type: ignore[call-overload]
+        seen = torch.ones_like(offset, dtype=torch.bool)
+        if self.lo is not None:
+            seen &= offset >= self.lo
+        if self.hi is not None:
+            seen &= offset <= self.hi
+        return seen
+
+    def count(self, nq: int, nk: int) -> int:
+        """Closed form, so that a plan over 10^9 tokens can weigh its tiles."""
+        upper = nq * nk if self.hi is None else _pairs_up_to(self.hi, nq, nk)
+        lower = 0 if self.lo is None else _pairs_up_to(self.lo - 1, nq, nk)
+        return max(0, upper - lower)
+
+    def bounds(self, nq: int, nk: int) -> tuple[int, int]:
+        """Smallest and largest ``y - x`` that a visible pair of an nq x nk tile can have."""
+        lo, hi = -(nq - 1), nk - 1
+        return (
+            lo if self.lo is None else max(lo, self.lo),
+            hi if self.hi is None else min(hi, self.hi),
+        )
+
+
+FULL = Band()
+"""Every row sees every key."""
+
+CAUSAL = Band(None, 0)
+"""Row x sees keys 0..x: the corners are aligned."""
+
+
+def _pairs_up_to(h: int, nq: int, nk: int) -> int:
+    """Number of pairs of an nq x nk tile with ``y - x <= h``: the sum over x of clamp(x+h+1, 0, nk)."""
+    first = max(0, -h)  # rows before it see nothing
+    full = min(nq, max(first, nk - h - 1))  # rows from here see all nk keys
+    if first >= nq:
+        return 0
+    growing = full - first
+    return growing * (first + h + 1 + full + h) // 2 + (nq - full) * nk
+
+
+def trim(nq: int, nk: int, band: Band) -> tuple[range, range, Band] | None:
+    """Cut the rows that see nothing and the keys that nobody sees off a tile's borders.
+
+    Returns:
+        The query rows and key rows that remain, and the band counted from their first ones, with
+        sides that bind nowhere set to None; or None if no pair is visible.
+    """
+    lo, hi = band.bounds(nq, nk)
+    if nq <= 0 or nk <= 0 or lo > hi:
+        return None
+    q = range(max(0, -hi), min(nq, nk - lo))
+    k = range(max(0, q.start + lo), min(nk, q.stop + hi))
+    if not q or not k:
+        return None
+    shift = q.start - k.start
+    lo, hi = lo + shift, hi + shift
+    open_lo, open_hi = lo <= -(len(q) - 1), hi >= len(k) - 1
+    return q, k, Band(None if open_lo else lo, None if open_hi else hi)

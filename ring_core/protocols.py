@@ -1,0 +1,144 @@
+"""The two things an engine needs from a plugin: something that moves rows, something that attends.
+
+Shapes: B batch, S rows, H query heads, K key/value heads, D and Dv head sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ring_core.communication import Counters
+    from ring_core.dropout import Dropout
+    from ring_core.masks import Mask
+    from ring_core.plan import Step, Tile
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked whether it can do."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    masks: frozenset[type[Mask]]
+    dropout: bool
+    deterministic: bool
+
+
+@runtime_checkable
+class AttentionKernel(Protocol):
+    """Attention of one tile. Stateless: the same object serves every layer and thread."""
+
+    name: str
+    priority: int
+    """Among the kernels that do not refuse, ``auto`` takes the one with the highest."""
+
+    def refuse(self, problem: Problem) -> str | None:
+        """Why this kernel cannot solve ``problem``, or None if it can."""
+        ...
+
+    def lower(self, tile: Tile) -> Sequence[Tile]:
+        """Tiles that this kernel computes directly and that are ``tile`` together.
+
+        Every visible pair stands in exactly one of them, and every row of each sees some key.
+        """
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend: q [B, Sq, H, D], k [B, Sk, K, D], v [B, Sk, K, Dv], any strides.
+
+        Returns:
+            out [B, Sq, H, Dv] in q's dtype or a wider one; lse [B, H, Sq], natural log, float32
+            (float64 for float64 inputs), of the scores before dropout.
+        """
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        dropout: Dropout | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This tile's gradients, given ``out`` and ``lse`` of the whole attention (merged tiles).
+
+        Returns:
+            dq, dk, dv shaped like q, k, v, in their dtype or a wider one.
+        """
+        ...
+
+
+class Pending(Protocol):
+    """A transfer under way. Wait once, then release once its tensors are used up."""
+
+    def wait(self) -> list[tuple[Tensor, ...]]:
+        """The received tensors: for each part, one [B, rows, heads, D] per tensor of the transfer.
+
+        Raises:
+            RingTimeoutError: the peer did not deliver in time; names rank, step and operation.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give the buffers back; the received tensors are invalid from here."""
+        ...
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """Moves rows between the ranks of one group.
+
+    The engine calls the same sequence of transfers, with the same steps, on every rank.
+    """
+
+    name: ClassVar[str]
+    priority: ClassVar[int]
+    counters: Counters
+
+    def __init__(self, group: Any, timeout: float) -> None: ...
+
+    @classmethod
+    def refuse(cls, group: Any, device: torch.device) -> str | None:
+        """Why this class cannot serve ``group`` with tensors on ``device``, or None if it can."""
+        ...
+
+    def fetch(self, step: Step, tensors: Sequence[Tensor]) -> Pending:
+        """Start a step: get ``step.parts`` from ``step.source``, give ``step.give`` to ``step.requester``.
+
+        Args:
+            tensors: this rank's shards [B, S, K, D], the same number and dtypes on every rank.
+        """
+        ...
+
+    def give_back(self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> Pending:
+        """The way home: send gradients of ``step.parts`` to ``step.source``, receive those of ``step.give``.
+
+        Args:
+            gradients: per tensor, the parts' gradients end to end in one flat buffer, as
+                :func:`~ring_core.rows.part_views` lays them out.
+            like: this rank's shards, for shapes.
+        """
+        ...

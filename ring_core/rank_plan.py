@@ -1,0 +1,167 @@
+"""A plan as one rank sees it: its rows, and how to get them from the whole and back."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ring_core.errors import InputError
+from ring_core.groups import rank_and_world
+from ring_core.layout import Layout
+from ring_core.masks import Mask
+from ring_core.plan import Plan
+from ring_core.sequences import Sequences
+
+
+class RankPlan:
+    """What ``attn.plan(...)`` gives: a :class:`Plan` bound to this rank of a group.
+
+    Attributes:
+        plan: the plan itself, the same on every rank.
+        sequences: what was asked for.
+        rank, world: this process's place in the group.
+    """
+
+    def __init__(self, plan: Plan, sequences: Sequences, group: Any | None) -> None:
+        self.plan = plan
+        self.sequences = sequences
+        self.group = group
+        self.rank, self.world = rank_and_world(group)
+
+    def __repr__(self) -> str:
+        return (
+            f"RankPlan(rank {self.rank} of {self.world}: {self.local_len} of "
+            f"{self.sequences.q_len} tokens, imbalance {self.imbalance:.3f})"
+        )
+
+    @property
+    def local_len(self) -> int:
+        """Rows of this rank's query shard, padding included."""
+        return self.plan.queries.size
+
+    @property
+    def kv_local_len(self) -> int:
+        """Rows of this rank's key shard, padding included."""
+        return self.plan.keys.size
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [S_local] on the CPU: each local query row's global token index, -1 for padding."""
+        return self.plan.queries.positions(self.rank)
+
+    @cached_property
+    def kv_positions(self) -> Tensor:
+        """int64 [Skv_local] on the CPU: each local key row's global token index, -1 for padding."""
+        return self.plan.keys.positions(self.rank)
+
+    @cached_property
+    def imbalance(self) -> float:
+        """Work of the busiest rank over the mean."""
+        return self.plan.imbalance(self.sequences.batch)
+
+    @cached_property
+    def masks(self) -> frozenset[type[Mask]]:
+        """The kinds of mask that this rank's tiles have."""
+        steps = self.plan.steps(self.rank)
+        return frozenset(type(tile.mask) for step in steps for tile in step.tiles)
+
+    def shard(self, x: Tensor, dim: int = 1, *, kv: bool = False, fill: float = 0) -> Tensor:
+        """This rank's rows of the whole tensor ``x``, which every rank holds alike.
+
+        Any rank of tensor and any dtype. Differentiable: the backward gathers the ranks' slices
+        into the whole gradient (a collective of the group), as DTensor's redistribution does.
+
+        Args:
+            dim: the sequence dimension. kv: take the key side's layout. fill: put into padding.
+
+        Raises:
+            InputError: ``x`` is not as long as the plan's sequence.
+        """
+        layout = self._layout(kv)
+        _check_length(x, dim, layout.length, "the whole sequence", self)
+        sharded: Tensor = _Shard.apply(x, dim % x.ndim, self, kv, fill)  # type: ignore[no-untyped-call]
+        return sharded
+
+    def unshard(self, x: Tensor, dim: int = 1, *, kv: bool = False) -> Tensor:
+        """The whole tensor in its original order from every rank's shard ``x``; padding is dropped.
+
+        A collective of the group. Differentiable: the result is replicated, so the backward takes
+        this rank's slice of the gradient.
+
+        Raises:
+            InputError: ``x`` is not as long as this plan's shards.
+        """
+        _check_length(x, dim, self._layout(kv).size, "a shard", self)
+        whole: Tensor = _Unshard.apply(x, dim % x.ndim, self, kv)  # type: ignore[no-untyped-call]
+        return whole
+
+    def _layout(self, kv: bool) -> Layout:
+        return self.plan.keys if kv else self.plan.queries
+
+    def _rows(self, x: Tensor, dim: int, kv: bool, fill: float) -> Tensor:
+        positions = self.kv_positions if kv else self.positions
+        rows = x.index_select(dim, positions.clamp_min(0).to(x.device))
+        if positions[-1] < 0:  # padding stands at the end
+            padding = int((positions < 0).sum())
+            rows.narrow(dim, len(positions) - padding, padding).fill_(fill)
+        return rows
+
+    def _whole(self, x: Tensor, dim: int, kv: bool) -> Tensor:
+        if self.group is None or self.world == 1:
+            gathered = x
+        else:
+            # As bytes, so that every dtype travels over every backend.
+            mine = x.contiguous()
+            shards = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(
+                [_bytes(shard) for shard in shards], _bytes(mine), group=self.group
+            )
+            gathered = torch.cat(shards, dim)
+        return gathered.index_select(dim, self._origin(kv).to(x.device))
+
+    def _origin(self, kv: bool) -> Tensor:
+        """For each token, its row among all ranks' shards end to end."""
+        layout = self._layout(kv)
+        positions = torch.cat([layout.positions(rank) for rank in range(self.world)])
+        origin = torch.empty(layout.length, dtype=torch.int64)
+        held = positions >= 0
+        origin[positions[held]] = torch.nonzero(held).flatten()
+        return origin
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+def _check_length(x: Tensor, dim: int, expected: int, what: str, plan: RankPlan) -> None:
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != expected:
+        raise InputError(
+            f"tensor of shape {tuple(x.shape)}: dimension {dim} should be {what}, {expected} rows "
+            f"long, for {plan!r}"
+        )
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, plan: RankPlan, kv: bool, fill: float) -> Tensor:
+        ctx.dim, ctx.plan, ctx.kv = dim, plan, kv
+        return plan._rows(x, dim, kv, fill)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _Unshard.apply(grad, ctx.dim, ctx.plan, ctx.kv), None, None, None, None  # type: ignore[no-untyped-call]
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, plan: RankPlan, kv: bool) -> Tensor:
+        ctx.dim, ctx.plan, ctx.kv = dim, plan, kv
+        return plan._whole(x, dim, kv)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Shard.apply(grad, ctx.dim, ctx.plan, ctx.kv, 0), None, None, None  # type: ignore[no-untyped-call]

@@ -1,0 +1,47 @@
+"""pytest fixtures of the kit; a plugin's conftest imports them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ring_core.testing.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def cpu_pool() -> Iterator[RankPool]:
+    """Eight gloo processes of one thread each, for the whole test run."""
+    pool = RankPool(8)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_pool() -> Iterator[RankPool]:
+    """One NCCL process per GPU."""
+    pool = RankPool(torch.cuda.device_count(), "cuda")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def rank_pool(request: pytest.FixtureRequest) -> RankPool:
+    """The pool to run on: processes on the CPU, and on GPUs where tests marked ``gpu`` run."""
+    name = "cpu_pool" if request.param == "cpu" else "gpu_pool"
+    pool: RankPool = request.getfixturevalue(name)
+    return pool
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked ``gpu`` where there is no GPU (a conftest imports this hook too)."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+__all__ = ["cpu_pool", "gpu_pool", "pytest_collection_modifyitems", "rank_pool"]
