@@ -1,7 +1,7 @@
 """Exact attention over sequences too long for one device: plans, one engine, and plugins.
 
-``from ring_core import registry; registry.create("standard", causal=True)`` is the way in. Importing
-this package imports no torch; names that need it are loaded when first used.
+``from ring_core import registry; registry.create("standard", causal=True)`` is the way in.
+Importing this package imports no torch; names that need it are loaded when first used.
 """
 
 from __future__ import annotations

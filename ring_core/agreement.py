@@ -133,8 +133,11 @@ def _difference(posts: Sequence[Mapping[str, Any]]) -> str | None:
             values = "; ".join(f"{value} on {_ranks(who)}" for value, who in ranks.items())
             lines.append(f"  {name}: {values}")
     return "\n".join(
-        ["the ranks of the group are about to compute different things:", *lines]
-        + ["Give every rank the same config, plan, shapes and dtype."]
+        [
+            "the ranks of the group are about to compute different things:",
+            *lines,
+            "Give every rank the same config, plan, shapes and dtype.",
+        ]
     )
 
 

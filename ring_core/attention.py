@@ -108,7 +108,11 @@ class BaseRingAttention(nn.Module):
             InputError: a number is out of range or a combination has no meaning.
         """
         sequences = Sequences.build(
-            seq_len, kv_len=kv_len, cu_seqlens=cu_seqlens, kv_cu_seqlens=kv_cu_seqlens, lengths=lengths
+            seq_len,
+            kv_len=kv_len,
+            cu_seqlens=cu_seqlens,
+            kv_cu_seqlens=kv_cu_seqlens,
+            lengths=lengths,
         )
         group = self._group if self._group is not None else groups.resolve(None)
         plans = self.runtime.plans
@@ -131,7 +135,7 @@ class BaseRingAttention(nn.Module):
         plan: RankPlan | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of this rank's queries over the whole sequence's keys; a collective of the group.
+        """Attention of this rank's queries over the whole sequence; a collective of the group.
 
         Args:
             q: [B, S_local, Hq, D]. k: [B, Skv_local, Hkv, D]. v: [B, Skv_local, Hkv, Dv]: shards of
@@ -162,7 +166,9 @@ class BaseRingAttention(nn.Module):
         out, lse = _Ring.apply(q, k, v, call)  # type: ignore[no-untyped-call]
         return (out, lse) if return_lse else out
 
-    def communicator(self, plan: RankPlan, device: torch.device | str = "cpu") -> Communicator | None:
+    def communicator(
+        self, plan: RankPlan, device: torch.device | str = "cpu"
+    ) -> Communicator | None:
         """The communicator that calls with ``plan`` use on ``device``; None for one rank.
 
         Its ``counters`` hold bytes and waiting time.
@@ -209,7 +215,7 @@ class BaseRingAttention(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         name = state["_group"]
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._group = None if name is None else groups.by_name(name)
         self._registry = state["_registry"] or default_registry
 
@@ -249,7 +255,7 @@ class _Runtime:
                 )
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, training: bool) -> _Call:
-        """Everything one call needs; checks with the other ranks when it is the first of its kind."""
+        """Everything one call needs; the first of its kind is compared with the other ranks'."""
         dropout = self.config.dropout if training else 0.0
         settings = Settings(
             scale=self.config.scale(q.shape[-1]),
@@ -265,7 +271,13 @@ class _Runtime:
     def program(self, plan: RankPlan, q: Tensor, value_dim: int, dropout: bool) -> Program:
         """The plan's tiles lowered for the kernel that fits."""
         problem = Problem(
-            q.device, q.dtype, q.shape[-1], value_dim, plan.masks, dropout, self.config.deterministic
+            q.device,
+            q.dtype,
+            q.shape[-1],
+            value_dim,
+            plan.masks,
+            dropout,
+            self.config.deterministic,
         )
         kernel = self.kernel(problem)
         key = (id(plan), kernel.name)
@@ -290,7 +302,7 @@ class _Runtime:
                 raise KernelError(
                     f"no kernel for {problem.dtype} on {problem.device} with head sizes "
                     f"{problem.head_dim} and {problem.value_dim}: "
-                    f"{reasons or 'none installed; pip install ring-attention-standard brings some'}"
+                    f"{reasons or 'none installed (ring-attention-standard brings some)'}"
                 )
             best = max(able, key=lambda kernel: kernel.priority)
             logger.info("kernel %r for %s", best.name, problem)
@@ -341,39 +353,57 @@ class _Runtime:
         agreement_of(plan.group).check(self._signatures[key][1], self.config.timeout)
 
     def _signature(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, wants: tuple[bool, ...], dropout: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan,
+        wants: tuple[bool, ...],
+        dropout: float,
     ) -> Signature:
         spec = plan.sequences
         config = self.config.model_dump(mode="json")
         fields = {name: str(value) for name, value in config.items()}
-        return Signature({
-            **fields,
-            "plugin": self.origin,
-            "tokens": str(spec.q_len),
-            "key tokens": str(spec.kv_len),
-            "documents": _brief([(d.q.start, d.q.stop, d.kv.start, d.kv.stop) for d in spec.documents]),
-            "lengths": _brief(spec.lengths),
-            "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
-            "dtype": str(q.dtype),
-            "device": q.device.type,
-            "q": str(tuple(q.shape)),
-            "k": str(tuple(k.shape)),
-            "v": str(tuple(v.shape)),
-            "requires grad (q, k, v)": str(wants),
-            "dropout in this mode": str(dropout),
-        })
+        return Signature(
+            {
+                **fields,
+                "plugin": self.origin,
+                "tokens": str(spec.q_len),
+                "key tokens": str(spec.kv_len),
+                "documents": _brief(
+                    [(d.q.start, d.q.stop, d.kv.start, d.kv.stop) for d in spec.documents]
+                ),
+                "lengths": _brief(spec.lengths),
+                "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
+                "dtype": str(q.dtype),
+                "device": q.device.type,
+                "q": str(tuple(q.shape)),
+                "k": str(tuple(k.shape)),
+                "v": str(tuple(v.shape)),
+                "requires grad (q, k, v)": str(wants),
+                "dropout in this mode": str(dropout),
+            }
+        )
 
 
 def _brief(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 120 else f"{text[:100]}... #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return (
+        text
+        if len(text) <= 120
+        else f"{text[:100]}... #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )
 
 
 class _Call:
     """One call: its plan and settings, and the engine's programs for it."""
 
     def __init__(
-        self, runtime: _Runtime, plan: RankPlan, settings: Settings, communicator: Communicator | None
+        self,
+        runtime: _Runtime,
+        plan: RankPlan,
+        settings: Settings,
+        communicator: Communicator | None,
     ) -> None:
         self.runtime, self.plan, self.settings = runtime, plan, settings
         self.communicator = communicator
@@ -430,9 +460,7 @@ class _Ring(torch.autograd.Function):
     """The engine under autograd. One backward per forward's graph use; not twice differentiable."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
         wide, lse = call.forward(q, k, v)
         out = wide.to(q.dtype)
         ctx.call = call
@@ -441,7 +469,7 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -1,4 +1,4 @@
-"""Which pip name brings which variant: data for error messages, and the only place the core names a plugin."""
+"""Which pip name brings which variant: data for messages; nowhere else the core names a plugin."""
 
 from __future__ import annotations
 

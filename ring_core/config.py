@@ -30,7 +30,7 @@ class RingAttentionConfig(BaseModel):
     """Name of the variant that this config is for; 'auto' leaves the choice to the registry."""
 
     causal: bool = False
-    """Let query i see key j only if j <= i (ends aligned where there are more keys than queries)."""
+    """Query i sees key j only if j <= i; ends are aligned where there are more keys than queries."""
 
     window: tuple[int | None, int | None] | None = None
     """(left, right): query i sees keys from i-left to i+right; None leaves that side open."""
@@ -143,8 +143,13 @@ def config_error(schema: type[BaseModel], error: ValidationError) -> ConfigError
     """Pydantic's text for every bad field, with the nearest field name for an unknown one."""
     hints = [
         f"{name!r} is no field of {schema.__name__}."
-        + (did_you_mean(name, schema.model_fields) or f" Its fields: {', '.join(schema.model_fields)}.")
-        for name in (str(part["loc"][-1]) for part in error.errors() if part["type"] == "extra_forbidden")
+        + (
+            did_you_mean(name, schema.model_fields)
+            or f" Its fields: {', '.join(schema.model_fields)}."
+        )
+        for name in (
+            str(part["loc"][-1]) for part in error.errors() if part["type"] == "extra_forbidden"
+        )
     ]
     return ConfigError("\n".join([str(error), *hints]))
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from importlib_metadata import Distribution, EntryPoint, entry_points
 from packaging.requirements import InvalidRequirement, Requirement
@@ -125,7 +126,7 @@ def _aliases(row: PluginRow) -> set[str]:
     return {str(canonicalize_name(row.name)), str(canonicalize_name(row.distribution))}
 
 
-def _requirements(distributions: Iterable[Distribution | None]) -> set[str]:
+def _requirements(distributions: Iterable[Any]) -> set[str]:
     """Canonical names of the distributions that these require, however deep."""
     needed: set[str] = set()
     queue = [distribution for distribution in distributions if distribution]
@@ -137,7 +138,7 @@ def _requirements(distributions: Iterable[Distribution | None]) -> set[str]:
     return needed
 
 
-def _required_names(distribution: Distribution) -> Iterator[str]:
+def _required_names(distribution: Any) -> Iterator[str]:
     for text in distribution.requires or ():
         try:
             requirement = Requirement(text)

@@ -11,7 +11,11 @@ from torch import Tensor
 # OOPSLA 2014), and a distinct odd step per coordinate.
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
-_STEPS = (0x9E3779B97F4A7C15 - (1 << 64), 0xD1B54A32D192ED03 - (1 << 64), 0x8CB92BA72F3D8DD7 - (1 << 64))
+_STEPS = (
+    0x9E3779B97F4A7C15 - (1 << 64),
+    0xD1B54A32D192ED03 - (1 << 64),
+    0x8CB92BA72F3D8DD7 - (1 << 64),
+)
 _UNIT = 2.0**-53
 
 

@@ -133,9 +133,7 @@ def backward(
     q_, dq_, out_, dout_ = (grouped(x, kv_heads) for x in (q, dq, out, dout))
     lse_ = grouped(lse.transpose(1, 2).unsqueeze(-1), kv_heads)
     homeward: _Homeward | None = None
-    walk = _with_keys(
-        program.steps, k, v, communicator, settings.overlap, gives_back=need_kv
-    )
+    walk = _with_keys(program.steps, k, v, communicator, settings.overlap, gives_back=need_kv)
     for step, keys, values in walk:
         flat = (flat_zeros(step.parts, k, wide), flat_zeros(step.parts, v, wide))
         if step.index == 0:
@@ -275,7 +273,11 @@ def _dropout(
         settings.seed,
         batch=torch.tensor(batch, device=device).repeat_interleave(tile.q.repeat),
         heads=torch.tensor([h * group + g for h in kv_heads for g in range(group)], device=device),
-        q=own[tile.q.indices()].to(device).view(1, tile.q.repeat, -1).expand(*repeats, -1).flatten(0, 1),
+        q=own[tile.q.indices()]
+        .to(device)
+        .view(1, tile.q.repeat, -1)
+        .expand(*repeats, -1)
+        .flatten(0, 1),
         kv=theirs[tile.kv.indices()]
         .to(device)
         .view(1, tile.kv.repeat, -1)

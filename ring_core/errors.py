@@ -54,7 +54,7 @@ class CommunicatorError(RingError):
 
 
 class DisagreementError(RingError):
-    """The ranks of a group called with different configs, plans, shapes or dtypes, or one is missing.
+    """The ranks of a group called with different configs, plans or shapes, or one is missing.
 
     The message is the same on every rank.
     """

@@ -11,7 +11,7 @@ from ring_core.errors import CommunicatorError, InputError
 
 
 def resolve(group: Any) -> Any | None:
-    """The ProcessGroup behind ``group`` (ProcessGroup, 1-D DeviceMesh, or None for the default one).
+    """The ProcessGroup behind ``group``: itself, a 1-D DeviceMesh's, or for None the default one.
 
     None where torch.distributed is not up and no group was given: one process.
 
@@ -64,7 +64,7 @@ def by_name(name: str) -> Any:
         InputError: there is no such group here.
     """
     try:
-        return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type,unused-ignore]
     except (RuntimeError, KeyError) as error:
         raise InputError(
             f"this attention was pickled with process group {name!r}, which does not exist in this "

@@ -71,7 +71,7 @@ class Observer:
 
 @hookspec
 def ring_hookspecs() -> object | None:
-    """A module or object with hook specifications of the plugin's own, for other plugins to implement."""
+    """A module or object with hook specifications of its own, for other plugins to implement."""
 
 
 @hookspec(firstresult=True)

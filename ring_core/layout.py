@@ -77,7 +77,9 @@ def zigzag(length: int, world: int) -> Layout:
     )
 
 
-def balanced(length: int, world: int, work: Callable[[range], int], tolerance: float = 1.05) -> Layout:
+def balanced(
+    length: int, world: int, work: Callable[[range], int], tolerance: float = 1.05
+) -> Layout:
     """Zigzag for masks whose work is not a ramp: equal runs, dealt out by the work each one costs.
 
     The heaviest run goes to the least busy rank that still has room, and so on. With two runs a

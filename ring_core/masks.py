@@ -71,7 +71,7 @@ CAUSAL = Band(None, 0)
 
 
 def _pairs_up_to(h: int, nq: int, nk: int) -> int:
-    """Number of pairs of an nq x nk tile with ``y - x <= h``: the sum over x of clamp(x+h+1, 0, nk)."""
+    """Pairs of an nq x nk tile with ``y - x <= h``: the sum over x of clamp(x+h+1, 0, nk)."""
     first = max(0, -h)  # rows before it see nothing
     full = min(nq, max(first, nk - h - 1))  # rows from here see all nk keys
     if first >= nq:

@@ -127,7 +127,7 @@ class Plan(ABC):
 
     @abstractmethod
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
-        """Tiles of ``rank``'s queries with ``owner``'s keys, ``kv`` rows counted in the owner's shard.
+        """Tiles of ``rank``'s queries with ``owner``'s keys; ``kv`` counts in the owner's shard.
 
         Every visible pair stands in exactly one tile of exactly one (rank, owner); tiles that see
         nothing are left out.

@@ -126,7 +126,7 @@ class Communicator(Protocol):
         ...
 
     def fetch(self, step: Step, tensors: Sequence[Tensor]) -> Pending:
-        """Start a step: get ``step.parts`` from ``step.source``, give ``step.give`` to ``step.requester``.
+        """Start a step: get ``parts`` from ``source``, send ``give`` to ``requester``.
 
         Args:
             tensors: this rank's shards [B, S, K, D], the same number and dtypes on every rank.
@@ -134,7 +134,7 @@ class Communicator(Protocol):
         ...
 
     def give_back(self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> Pending:
-        """The way home: send gradients of ``step.parts`` to ``step.source``, receive those of ``step.give``.
+        """The way home: send gradients of ``parts`` to ``source``, receive those of ``give``.
 
         Args:
             gradients: per tensor, the parts' gradients end to end in one flat buffer, as

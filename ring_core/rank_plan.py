@@ -117,9 +117,7 @@ class RankPlan:
             # As bytes, so that every dtype travels over every backend.
             mine = x.contiguous()
             shards = [torch.empty_like(mine) for _ in range(self.world)]
-            dist.all_gather(
-                [_bytes(shard) for shard in shards], _bytes(mine), group=self.group
-            )
+            dist.all_gather([_bytes(shard) for shard in shards], _bytes(mine), group=self.group)
             gathered = torch.cat(shards, dim)
         return gathered.index_select(dim, self._origin(kv).to(x.device))
 

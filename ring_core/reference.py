@@ -1,4 +1,4 @@
-"""Float64 attention straight from the definitions: slow, obvious, and what everything is compared with."""
+"""Float64 attention straight from the definitions: slow, obvious, and the measure of the rest."""
 
 from __future__ import annotations
 
@@ -68,10 +68,12 @@ def attention(
     group = q.shape[2] // k.shape[2]
     q, k, v = q.double(), k.double(), v.double()
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     seen = seen.to(q.device).expand(scores.shape)
     empty = ~seen.any(-1)
-    # An empty row has no softmax: give it one score, so that autograd never sees 0/0, then blank it.
+    # An empty row has no softmax: let it see all, so that autograd meets no 0/0, then blank it.
     scores = scores.masked_fill(~seen & ~empty[..., None], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0)
@@ -97,7 +99,7 @@ def _everything(q: Tensor, k: Tensor, p: float, seed: int) -> Dropout:
 
 
 def within_lengths(seen: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A padded batch: bool [B, 1, Sq, Sk], where batch row b has only its first lengths[b] tokens."""
+    """A padded batch: bool [B, 1, Sq, Sk]; batch row b has only its first lengths[b] tokens."""
     valid_q = torch.arange(seen.shape[0])[None, :] < torch.tensor(list(lengths))[:, None]
     valid_k = torch.arange(seen.shape[1])[None, :] < torch.tensor(list(lengths))[:, None]
     return (seen & valid_q[:, :, None] & valid_k[:, None, :])[:, None]

@@ -13,11 +13,11 @@ from ring_core.plan import ALL_HEADS, Heads, Part, Rows
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
     """View [B, S, H, D] as [B, S, K, H/K, D]: query heads beside the key/value head they read."""
-    return x.unflatten(2, (kv_heads, -1))
+    return torch.unflatten(x, 2, (kv_heads, -1))
 
 
 def select(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None = None) -> Tensor:
-    """The view of ``x`` [B, S, K, ...] that ``rows``, ``heads`` and ``batch`` name: [b, repeat, count, k, ...].
+    """View [b, repeat, count, k, ...] of what rows, heads and batch name of ``x`` [B, S, K, ...].
 
     It shares memory with ``x``, so it can be read and written.
     """

@@ -52,7 +52,9 @@ class Sequences:
             ends = _ends("cu_seqlens", cu_seqlens)
             _agree("seq_len", seq_len, "cu_seqlens", ends[-1])
             if lengths is not None:
-                raise InputError("cu_seqlens and lengths: a batch is either packed or padded; give one")
+                raise InputError(
+                    "cu_seqlens and lengths: a batch is either packed or padded; give one"
+                )
             if kv_cu_seqlens is None:
                 if kv_len is not None:
                     raise InputError("kv_len with packed documents: give kv_cu_seqlens instead")
@@ -61,17 +63,21 @@ class Sequences:
             _agree("kv_len", kv_len, "kv_cu_seqlens", kv_ends[-1])
             if len(kv_ends) != len(ends):
                 raise InputError(
-                    f"cu_seqlens names {len(ends) - 1} documents and kv_cu_seqlens {len(kv_ends) - 1}"
+                    f"cu_seqlens has {len(ends) - 1} documents and kv_cu_seqlens {len(kv_ends) - 1}"
                 )
             return Sequences(ends[-1], kv_ends[-1], _documents(ends, kv_ends), cross=True)
         if kv_cu_seqlens is not None:
             raise InputError("kv_cu_seqlens needs cu_seqlens beside it")
         if seq_len is None:
-            raise InputError("plan() needs a sequence length: plan(4096) or plan(cu_seqlens=[0, 700, 1303])")
+            raise InputError(
+                "plan() needs a sequence length: plan(4096) or plan(cu_seqlens=[0, 700, 1303])"
+            )
         q_len = _count("seq_len", seq_len)
         if kv_len is not None:
             if lengths is not None:
-                raise InputError("lengths and kv_len: a padded batch of cross-attention is not defined")
+                raise InputError(
+                    "lengths and kv_len: a padded batch of cross-attention is not defined"
+                )
             n = _count("kv_len", kv_len)
             return Sequences(q_len, n, (Document(range(q_len), range(n)),), cross=True)
         if lengths is None:

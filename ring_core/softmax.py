@@ -1,4 +1,4 @@
-"""The merge that makes everything exact: attention over two sets of keys from attention over each."""
+"""The merge that makes everything exact: attention over two sets of keys from each one's."""
 
 from __future__ import annotations
 

@@ -47,7 +47,9 @@ def band_tiles(
                     continue
                 for kv_local, kv_run in _placed(keys.rows[owner]):
                     kv_rows = _within(kv_run, document.kv)
-                    found += _tile(q_local, q_run, q_rows, kv_local, kv_run, kv_rows, document, band)
+                    found += _tile(
+                        q_local, q_run, q_rows, kv_local, kv_run, kv_rows, document, band
+                    )
         tiles += [replace(tile, batch=batch) for tile in merge_tiles(found)]
     return tiles
 

@@ -37,8 +37,19 @@ class Case:
         parts += [f"{name}={value}" for name, value in self.fields.items()]
         parts += [
             f"{name}={getattr(self, name)}"
-            for name in ("seq_len", "kv_len", "cu_seqlens", "kv_cu_seqlens", "lengths", "batch", "heads",
-                         "kv_heads", "head_dim", "value_dim", "dtype")
+            for name in (
+                "seq_len",
+                "kv_len",
+                "cu_seqlens",
+                "kv_cu_seqlens",
+                "lengths",
+                "batch",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "value_dim",
+                "dtype",
+            )
             if getattr(self, name) != getattr(_DEFAULT, name)
         ]
         return "-".join(parts).replace(" ", "").replace("'", "")
@@ -100,12 +111,15 @@ class Result:
         if not torch.equal(torch.isneginf(lse), torch.isneginf(right)):
             return {"lse": float("inf")}
         finite = ~torch.isneginf(right)
-        differences = {name: getattr(self, name).double() - getattr(expected, name).double()
-                       for name in ("out", "dq", "dk", "dv")}
+        differences = {
+            name: getattr(self, name).double() - getattr(expected, name).double()
+            for name in ("out", "dq", "dk", "dv")
+        }
         differences["lse"] = (lse - right)[finite]
         return {
-            name: float(d.abs().max()) if d.numel() and not d.isnan().any() else
-            (float("nan") if d.isnan().any() else 0.0)
+            name: float(d.abs().max())
+            if d.numel() and not d.isnan().any()
+            else (float("nan") if d.isnan().any() else 0.0)
             for name, d in differences.items()
         }
 
@@ -124,15 +138,18 @@ def run_case(worker: Worker, case: Case) -> Result | None:
     plan = attention.plan(**case.plan_arguments)
     q, k, v, dout, dlse = (x.to(worker.device) for x in case.tensors())
     shards = [
-        plan.shard(x, dim=1, kv=kv).detach().requires_grad_() for x, kv in ((q, False), (k, True), (v, True))
+        plan.shard(x, dim=1, kv=kv).detach().requires_grad_()
+        for x, kv in ((q, False), (k, True), (v, True))
     ]
     out, lse = attention(*shards, plan=plan, return_lse=True)
-    torch.autograd.backward((out, lse), (plan.shard(dout), plan.shard(dlse, dim=2)))
+    gradients = torch.autograd.grad(
+        (out, lse), shards, (plan.shard(dout), plan.shard(dlse, dim=2)), materialize_grads=True
+    )
     whole = [
         plan.unshard(out.detach()),
         plan.unshard(lse.detach(), dim=2),
-        plan.unshard(shards[0].grad),
-        *(plan.unshard(x.grad, kv=True) for x in shards[1:]),
+        plan.unshard(gradients[0]),
+        *(plan.unshard(gradient, kv=True) for gradient in gradients[1:]),
     ]
     return Result(*(x.cpu() for x in whole)) if worker.rank == 0 else None
 
@@ -144,9 +161,13 @@ def expected_of(case: Case, seen: Tensor) -> Result:
     q, k, v, dout, dlse = (x.double() for x in case.tensors())
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out, lse = reference.attention(q, k, v, seen, scale=case.fields.get("softmax_scale"))
-    visible = ~torch.isneginf(lse)
-    torch.autograd.backward((out, lse), (dout, dlse * visible))
-    gradients = (x.grad if x.grad is not None else torch.zeros_like(x) for x in (q, k, v))
+    # An empty row's lse is -inf whatever the inputs are: it has no gradient.
+    gradients = torch.autograd.grad(
+        (out, lse),
+        (q, k, v),
+        (dout, dlse.masked_fill(torch.isneginf(lse), 0)),
+        materialize_grads=True,
+    )
     return Result(out.detach(), lse.detach(), *gradients)
 
 

@@ -1,1 +1,292 @@
-class Conformance: pass
+"""Tests that every variant passes; a plugin's own tests subclass :class:`Conformance`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from ring_core import reference, registry
+from ring_core.errors import DisagreementError, InputError, RingError
+from ring_core.testing.case import Case, Result, expected_of, run_case
+from ring_core.testing.pool import RankPool
+from ring_core.testing.tasks import (
+    call_without_plan,
+    disagree,
+    fill_padding_with_nan,
+    gradcheck,
+    repeat_bitwise,
+    special_calls,
+)
+
+EXACT = 1e-10
+HALF_RATIO = 1.25
+WORLDS = (1, 2, 3, 4, 8)
+
+
+class Conformance:
+    """Subclass it, name your ``variant``, and say what a query sees if it is more than the band.
+
+    Every test compares with float64 attention straight from the definitions, through real
+    processes: see :mod:`ring_core.testing.fixtures` for the ``rank_pool`` fixture.
+    """
+
+    variant: ClassVar[str]
+    """The variant under test, as the registry knows it."""
+
+    fields: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {},
+        {"causal": True},
+        {"causal": True, "window": (5, None)},
+        {"window": (3, 9)},
+    )
+    """Configs to test; each is tried on every kind of sequence."""
+
+    layouts: ClassVar[Sequence[str]] = ("auto",)
+    """Layouts to try each config in."""
+
+    sequences: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "odd": {"seq_len": 37},
+        "shorter than the group": {"seq_len": 5},
+        "one token": {"seq_len": 1},
+        "batch": {"seq_len": 32, "batch": 3, "value_dim": 12},
+        "many queries per key": {"seq_len": 29, "heads": 6, "kv_heads": 1},
+        "no grouping": {"seq_len": 24, "heads": 3, "kv_heads": 3, "value_dim": 4},
+        "packed": {"cu_seqlens": (0, 1, 14, 14, 41, 43)},
+        "packed batch": {"cu_seqlens": (0, 20, 21, 50), "batch": 2},
+        "padded": {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
+        "more keys": {"seq_len": 13, "kv_len": 40},
+        "more queries": {"seq_len": 40, "kv_len": 13},
+        "packed cross": {"cu_seqlens": (0, 9, 20, 31), "kv_cu_seqlens": (0, 17, 17, 25)},
+    }
+    """Sequences to test, by a name that stands in the test's id."""
+
+    half: ClassVar[Mapping[str, Any]] = {
+        "seq_len": 1024,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "value_dim": 64,
+    }
+    """Sizes of the half-precision test."""
+
+    # What a variant may override
+
+    def visible(self, case: Case) -> Tensor:
+        """Which keys each query sees, by definition: bool [Sq, Sk] or [B, H, Sq, Sk]."""
+        seen = reference.visible(
+            case.q_len,
+            case.k_len,
+            causal=case.fields.get("causal", False),
+            window=case.fields.get("window"),
+            cu_seqlens=case.cu_seqlens,
+            kv_cu_seqlens=case.kv_cu_seqlens,
+        )
+        return seen if case.lengths is None else reference.within_lengths(seen, case.lengths)
+
+    def expected(self, case: Case) -> Result:
+        """Out, lse and gradients of the case in float64."""
+        return expected_of(case, self.visible(case))
+
+    def hidden(self, case: Case) -> Tensor:
+        """Keys that no head of the middle query sees: bool [B, Sk]."""
+        seen = self.visible(case)
+        seen = seen.expand(case.batch, case.heads, case.q_len, case.k_len)
+        return ~seen[:, :, case.q_len // 2].any(1)
+
+    # Numbers
+
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_equals_the_reference(self, rank_pool: RankPool, world: int, conforming: Case) -> None:
+        """Out, lse, dq, dk, dv equal float64 attention to 1e-10 at every world size."""
+        _skip_too_large(rank_pool, world)
+        result = rank_pool.run(run_case, conforming, world=world)[0]
+        errors = result.errors(self.expected(conforming))
+        assert all(error < EXACT for error in errors.values()), errors  # NaN is not
+
+    @pytest.mark.parametrize("world", [2, 4, 8])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_half_precision(self, rank_pool: RankPool, world: int, dtype: str) -> None:
+        """At most 1.25 times the error that one device makes on the same tensors."""
+        _skip_too_large(rank_pool, world)
+        for fields in self.fields:
+            case = Case(self.variant, fields, dtype=dtype, **self.half)
+            expected = self.expected(case)
+            alone = rank_pool.run(run_case, case, world=1)[0].relative(expected)
+            many = rank_pool.run(run_case, case, world=world)[0].relative(expected)
+            for name, error in many.items():
+                assert error <= HALF_RATIO * alone[name], (fields, name, error, alone[name])
+
+    def test_gradcheck(self, rank_pool: RankPool) -> None:
+        """torch's numerical gradient check through shard, a 2-rank ring and unshard."""
+        _skip_too_large(rank_pool, 2)
+        for fields in self.fields:
+            case = Case(
+                self.variant, fields, seq_len=7, heads=2, kv_heads=1, head_dim=3, value_dim=2
+            )
+            assert rank_pool.run(gradcheck, case, world=2) == [True, True]
+
+    # What must not move a result
+
+    def test_the_unseen_changes_nothing(self, rank_pool: RankPool, leaking: Case) -> None:
+        """Replacing every key that a query does not see leaves its output bitwise as it was."""
+        world, query = min(3, rank_pool.size), leaking.q_len // 2
+        hidden = self.hidden(leaking)
+        before = rank_pool.run(run_case, leaking, world=world)[0]
+        after = rank_pool.run(special_calls, "perturb", leaking, hidden, world=world)[0]
+        assert torch.equal(before.out[:, query], after.out[:, query])
+        assert torch.equal(before.lse[:, :, query], after.lse[:, :, query])
+
+    def test_padding_is_never_read(self, rank_pool: RankPool) -> None:
+        """NaN in padded rows and beyond ``lengths`` changes neither results nor gradients."""
+        world = min(3, rank_pool.size)
+        for fields in self.fields:
+            for sizes in ({"seq_len": 7}, {"seq_len": 11, "lengths": (11, 3, 0), "batch": 3}):
+                case = Case(self.variant, fields, **sizes)
+                clean, dirty = rank_pool.run(fill_padding_with_nan, case, world=world)[0]
+                for name in ("out", "lse", "dq", "dk", "dv"):
+                    assert torch.equal(getattr(clean, name), getattr(dirty, name)), (fields, name)
+
+    def test_bitwise_repeatable(self, rank_pool: RankPool) -> None:
+        """``deterministic=True`` gives the same bits twice."""
+        world = min(4, rank_pool.size)
+        for fields in self.fields:
+            case = Case(
+                self.variant, {**fields, "deterministic": True}, dtype="bfloat16", **self.half
+            )
+            assert all(rank_pool.run(repeat_bitwise, case, world=world))
+
+    def test_overlap_changes_nothing(self, rank_pool: RankPool) -> None:
+        """Fetching ahead and fetching first give the same bits."""
+        world = min(4, rank_pool.size)
+        for fields in self.fields:
+            case = Case(self.variant, fields)
+            ahead = rank_pool.run(run_case, case, world=world)[0]
+            first = rank_pool.run(
+                run_case, replace(case, fields={**fields, "overlap": False}), world=world
+            )[0]
+            assert ahead.errors(first) == dict.fromkeys(("out", "dq", "dk", "dv", "lse"), 0.0)
+
+    # How it is called
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            "strided",
+            "twice",
+            "frozen_kv",
+            "frozen_q",
+            "no_grad",
+            "inference",
+            "checkpoint",
+            "checkpoint_reentrant",
+            "compile",
+            "out_only",
+            "lse_only",
+            "autocast",
+        ],
+    )
+    def test_called_as(self, rank_pool: RankPool, how: str) -> None:
+        """Strided inputs, two backwards, frozen inputs, checkpoints, compile: same numbers."""
+        world = min(2, rank_pool.size)
+        for fields in self.fields[:2]:
+            case = Case(self.variant, fields)
+            expected = self.expected(case)
+            result = rank_pool.run(special_calls, how, case, None, world=world)[0]
+            errors = result.errors(expected)
+            checked = {
+                "frozen_kv": ("out", "lse", "dq"),
+                "frozen_q": ("out", "lse", "dk", "dv"),
+                "no_grad": ("out", "lse"),
+                "inference": ("out", "lse"),
+                "out_only": ("out", "lse"),
+                "lse_only": ("out", "lse"),
+            }.get(how, ("out", "lse", "dq", "dk", "dv"))
+            assert all(errors[name] < EXACT for name in checked), errors
+
+    @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+    def test_without_a_plan(self, rank_pool: RankPool, layout: str) -> None:
+        """With an explicit layout, equal shards need no plan; the result is the plan's."""
+        world = min(4, rank_pool.size)
+        for fields in self.fields:
+            case = Case(self.variant, {**fields, "layout": layout}, seq_len=6 * world)
+            assert all(rank_pool.run(call_without_plan, case, world=world))
+
+    def test_any_group(self, rank_pool: RankPool) -> None:
+        """A group of some ranks, not starting at 0, works beside the default one."""
+        if rank_pool.size < 3:
+            pytest.skip("needs 3 ranks")
+        case = Case(self.variant, self.fields[0])
+        for ranks in ([2, 1], [1, 2]) if rank_pool.size < 6 else ([5, 2, 3], [1, 4]):
+            result = rank_pool.run(run_case, case, ranks=sorted(ranks))[0]
+            assert max(result.errors(self.expected(case)).values()) < EXACT
+
+    # What goes wrong
+
+    @pytest.mark.parametrize("what", ["config", "length", "dtype", "heads", "bad_shape", "missing"])
+    def test_disagreeing_ranks(self, rank_pool: RankPool, what: str) -> None:
+        """Ranks that call differently raise one error, the same text on all, and none hangs."""
+        world = min(3, rank_pool.size)
+        if world < 2:
+            pytest.skip("needs 2 ranks")
+        case = Case(self.variant, self.fields[0])
+        outcomes = rank_pool.run(
+            disagree, case, what, world=world, errors=True, fresh=True, timeout=60
+        )
+        assert all(isinstance(outcome, RingError) for outcome in outcomes), outcomes
+        others = outcomes[1:] if what == "bad_shape" else outcomes
+        assert len({str(outcome) for outcome in others}) == 1, outcomes
+        assert all(isinstance(outcome, DisagreementError) for outcome in others)
+        if what == "bad_shape":
+            assert isinstance(outcomes[0], InputError)
+            assert str(outcomes[0]) in str(outcomes[1])
+
+    def test_copies(self) -> None:
+        """A pickled and a deep-copied attention have the config and compute the same."""
+        attention = registry.create(self.variant, **self.fields[0])
+        q = torch.randn(1, 9, 2, 4, dtype=torch.float64)
+        expected = attention(q, q, q)
+        for copied in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+            assert copied.config == attention.config
+            assert torch.equal(copied(q, q, q), expected)
+
+
+def _skip_too_large(pool: RankPool, world: int) -> None:
+    if world > pool.size:
+        pytest.skip(f"{world} ranks, and this machine has {pool.size} GPUs")
+
+
+def cases_of(suite: type[Conformance]) -> list[Any]:
+    """Every combination of a suite's fields, layouts and sequences, as pytest parameters."""
+    return [
+        pytest.param(
+            Case(
+                suite.variant,
+                {**fields, **({} if layout == "auto" else {"layout": layout})},
+                **sizes,
+            ),
+            id="-".join([name, *(f"{k}={v}" for k, v in fields.items()), layout]).replace(" ", "_"),
+        )
+        for name, sizes in suite.sequences.items()
+        for fields in suite.fields
+        for layout in suite.layouts
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give tests that ask for a ``conforming`` case all cases of their suite.
+
+    Those that ask for a ``leaking`` one get the cases in which the middle query is denied some key.
+    """
+    for name in {"conforming", "leaking"} & set(metafunc.fixturenames):
+        suite = metafunc.cls
+        cases = cases_of(suite)
+        if name == "leaking":
+            cases = [case for case in cases if suite().hidden(case.values[0]).any()]
+        metafunc.parametrize(name, cases)

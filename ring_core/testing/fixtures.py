@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ring_core.testing.conformance import pytest_generate_tests
 from ring_core.testing.pool import RankPool
 
 
@@ -44,4 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-__all__ = ["cpu_pool", "gpu_pool", "pytest_collection_modifyitems", "rank_pool"]
+__all__ = [
+    "cpu_pool",
+    "gpu_pool",
+    "pytest_collection_modifyitems",
+    "pytest_generate_tests",
+    "rank_pool",
+]

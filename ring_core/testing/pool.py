@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -86,7 +87,9 @@ class RankPool:
         if fresh:
             self._groups.discard(name)
         failures = [
-            f"--- rank {rank} ---\n{trace}" for rank, (_, _, trace) in zip(members, answers, strict=True) if trace
+            f"--- rank {rank} ---\n{trace}"
+            for rank, (_, _, trace) in zip(members, answers, strict=True)
+            if trace
         ]
         if failures and not errors:
             raise RankError("\n".join(failures))
@@ -95,10 +98,8 @@ class RankPool:
     def close(self) -> None:
         """End the processes."""
         for connection in self._connections:
-            try:
+            with contextlib.suppress(OSError):  # it may have ended already
                 connection.send_bytes(pickle.dumps(("stop",)))
-            except OSError:
-                pass  # it has ended already
         for process in self._processes:
             process.join(5)
             if process.is_alive():

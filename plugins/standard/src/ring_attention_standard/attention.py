@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ring_core.attention import BaseRingAttention
-from ring_core.sequences import Sequences
-
 from ring_attention_standard.config import StandardConfig
 from ring_attention_standard.planner import DensePlan, plan_dense
+from ring_core.attention import BaseRingAttention
+from ring_core.sequences import Sequences
 
 
 class StandardRingAttention(BaseRingAttention):

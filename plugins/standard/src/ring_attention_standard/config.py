@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import field_validator
+
 from ring_core.config import RingAttentionConfig
 
 
 class StandardConfig(RingAttentionConfig):
     """Exact dense attention; the common fields and nothing else."""
 
-    variant: Literal["standard"] = "standard"
-    """This schema is for variant 'standard'."""
+    variant: str = "standard"
+    """Name under which the registry knows this variant."""
 
     @field_validator("segment_lengths", "dilation_rates")
     @classmethod

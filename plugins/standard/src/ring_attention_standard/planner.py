@@ -55,9 +55,7 @@ def _layout(name: LayoutName, sequences: Sequences, band: Band, world: int) -> L
         return contiguous(length, world)
     if name == "striped":
         return striped(length, world)
-    work = partial(
-        visible_pairs, documents=sequences.documents, band=band, batch=sequences.batch
-    )
+    work = partial(visible_pairs, documents=sequences.documents, band=band, batch=sequences.batch)
     if name == "auto" and _imbalance(contiguous(length, world), work) <= _EVEN:
         return contiguous(length, world)
     plain = zigzag(length, world)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ring_core import Variant, hookimpl
-
 from ring_attention_standard.config import StandardConfig
+from ring_core import Variant, hookimpl
 
 RING_HOOK_API = 1
 

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from ring_core.communication import RingCommunicationMixin
 from ring_core.errors import RingTimeoutError
 from ring_core.plan import Part, Step
 from ring_core.protocols import Pending
 from ring_core.rows import as_packed, pack, part_numel, part_views
-from torch import Tensor
 
 
 class PointToPoint(RingCommunicationMixin):
@@ -45,21 +46,29 @@ class PointToPoint(RingCommunicationMixin):
             outgoing.append(packed)
         incoming = self.pair([part_numel(step.parts, x) for x in tensors], tensors)
         return self._start(
-            step, "fetching keys", (step.requester, outgoing), (step.source, incoming),
-            step.parts, tensors, borrowed,
+            step,
+            "fetching keys",
+            (step.requester, outgoing),
+            (step.source, incoming),
+            step.parts,
+            tensors,
+            borrowed,
         )
 
-    def give_back(
-        self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor]
-    ) -> Pending:
+    def give_back(self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> Pending:
         numels = [part_numel(step.give, x) for x in like]
         incoming = [
             self.buffers.take(numel, gradient)
             for numel, gradient in zip(numels, gradients, strict=True)
         ]
         return self._start(
-            step, "returning gradients", (step.source, gradients), (step.requester, incoming),
-            step.give, like, [],
+            step,
+            "returning gradients",
+            (step.source, gradients),
+            (step.requester, incoming),
+            step.give,
+            like,
+            [],
         )
 
     def _start(
@@ -120,7 +129,8 @@ class _Transfer:
     def wait(self) -> list[tuple[Tensor, ...]]:
         self.communicator.wait_for(self.works, self.name)
         views = [
-            part_views(flat, self.parts, x) for flat, x in zip(self.incoming, self.like, strict=True)
+            part_views(flat, self.parts, x)
+            for flat, x in zip(self.incoming, self.like, strict=True)
         ]
         return list(zip(*views, strict=True))
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ring_core.protocols import AttentionKernel
-
 from ring_attention_standard.kernels.cpu_flash import CpuFlash
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
 from ring_attention_standard.kernels.cudnn import Cudnn
 from ring_attention_standard.kernels.eager import Eager
+from ring_core.protocols import AttentionKernel
 
 KERNELS: tuple[AttentionKernel, ...] = (Cudnn(), CudaFlash(), CpuFlash(), Eager())

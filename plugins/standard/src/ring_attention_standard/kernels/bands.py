@@ -32,7 +32,19 @@ def cut(tile: Tile, direct: Callable[[int, int, Band], bool], block: int) -> lis
         return [tile]
     pieces = _pieces(tile.q.count, tile.kv.count, tile.mask, direct, block)
     return [
-        replace(tile, q=_rows(tile.q, q), kv=_rows(tile.kv, kv), mask=band) for q, kv, band in pieces
+        replace(tile, q=_rows(tile.q, q), kv=_rows(tile.kv, kv), mask=band)
+        for q, kv, band in pieces
+    ]
+
+
+def rows_apart(tile: Tile, row: int) -> list[Tile]:
+    """The tile's rows before ``row`` and from it on, each trimmed to the keys that it sees."""
+    assert isinstance(tile.mask, Band)
+    parts = (range(row), range(row, tile.q.count))
+    return [
+        replace(tile, q=_rows(tile.q, q), kv=_rows(tile.kv, kv), mask=band)
+        for rows in parts
+        for q, kv, band in _sub(rows, range(tile.kv.count), tile.mask)
     ]
 
 

@@ -1,4 +1,4 @@
-"""FlashAttention-2 as torch ships it (arXiv 2307.08691): half precision, windows without a mask array."""
+"""FlashAttention-2 as torch ships it (arXiv 2307.08691): half precision, any window."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from ring_core.dropout import Dropout
-from ring_core.masks import Band, Mask
-from ring_core.plan import Tile
-from ring_core.protocols import Problem
 from torch import Tensor
 
+from ring_attention_standard.kernels.bands import rows_apart
 from ring_attention_standard.kernels.heads import common_size, padded
+from ring_core.dropout import Dropout
+from ring_core.masks import FULL, Band, Mask
+from ring_core.plan import Tile
+from ring_core.protocols import Problem
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
@@ -42,7 +43,21 @@ class CudaFlash:
         return None
 
     def lower(self, tile: Tile) -> Sequence[Tile]:
-        return (tile,)
+        """Cut tiles of more rows than keys where the kernel's window cannot say what they see.
+
+        Counted from aligned ends, it takes a right side of nk or more for an open one, and makes of
+        an open one nk: both are right only while there are no more rows than keys.
+        """
+        nq, nk, band = tile.q.count, tile.kv.count, tile.mask
+        if not isinstance(band, Band) or band == FULL:
+            return (tile,)
+        if band.hi is not None and band.hi + nq - nk >= nk:
+            parts = rows_apart(tile, nk - band.hi)  # from there on the right side is open
+        elif band.hi is None and band.lo is not None and nq > nk:
+            parts = rows_apart(tile, 1 - band.lo)  # up to there rows see all keys
+        else:
+            return (tile,)
+        return [piece for part in parts for piece in self.lower(part)]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None

@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from ring_attention_standard.kernels.bands import cut
+from ring_attention_standard.kernels.cuda_flash import CudaFlash
+from ring_attention_standard.kernels.heads import common_size, padded
 from ring_core.dropout import Dropout
 from ring_core.masks import CAUSAL, FULL, Band, Mask
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
-from torch import Tensor
-
-from ring_attention_standard.kernels.bands import cut
-from ring_attention_standard.kernels.cuda_flash import HALF, CudaFlash
-from ring_attention_standard.kernels.heads import common_size, padded
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 _flash = CudaFlash()
 
+_LEAST = 64
+"""Fewer rows or keys than this fill no block of cuDNN's kernels."""
+
 
 class Cudnn:
-    """Rectangles and causal triangles go to cuDNN; tiles with a window's edge go to flash attention.
+    """Rectangles and causal triangles go to cuDNN; small tiles and windows' edges to flash attention.
 
     Both give out and lse of the same meaning, so their tiles merge.
     """
@@ -42,14 +45,23 @@ class Cudnn:
         return None
 
     def lower(self, tile: Tile) -> Sequence[Tile]:
-        if not isinstance(tile.mask, Band) or tile.mask.lo is not None:
-            return (tile,)
-        return cut(tile, lambda nq, nk, band: band in (FULL, CAUSAL), block=1)
+        pieces: Sequence[Tile] = (tile,)
+        if isinstance(tile.mask, Band) and tile.mask.lo is None:
+            pieces = cut(tile, lambda nq, nk, band: band in (FULL, CAUSAL), block=1)
+        return [
+            part
+            for piece in pieces
+            for part in (
+                (piece,)
+                if _ours(piece.q.count, piece.kv.count, piece.mask)
+                else _flash.lower(piece)
+            )
+        ]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        if mask not in (FULL, CAUSAL):
+        if not _ours(q.shape[1], k.shape[1], mask):
             return _flash.forward(q, k, v, mask, scale=scale, dropout=dropout)
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
         q_, k_, v_ = (_ready(x, size) for x in (q, k, v))
@@ -70,9 +82,17 @@ class Cudnn:
         dropout: Dropout | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if mask not in (FULL, CAUSAL):
+        if not _ours(q.shape[1], k.shape[1], mask):
             return _flash.backward(
-                dout, q, k, v, out, lse, mask, scale=scale, dropout=dropout,
+                dout,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                mask,
+                scale=scale,
+                dropout=dropout,
                 deterministic=deterministic,
             )
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
@@ -98,6 +118,11 @@ class Cudnn:
         )
         dq, dk, dv = (g.transpose(1, 2) for g in (dq, dk, dv))
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _ours(nq: int, nk: int, mask: Mask) -> bool:
+    """Whether cuDNN computes the tile: its backward has no plan for single rows."""
+    return mask in (FULL, CAUSAL) and min(nq, nk) >= _LEAST
 
 
 def _ready(x: Tensor, size: int) -> Tensor:

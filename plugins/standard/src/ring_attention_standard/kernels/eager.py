@@ -1,17 +1,18 @@
-"""Attention in plain torch operations: every device, dtype, mask, and dropout; blocks of rows at a time."""
+"""Attention in plain torch operations: every device, dtype, mask, and dropout, block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
+
 from ring_core.dropout import Dropout
 from ring_core.masks import Mask
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
 from ring_core.rows import grouped
 from ring_core.softmax import accumulation_dtype
-from torch import Tensor
 
 _SCORES = 1 << 24
 """Scores held at once: 64 MiB in float32."""
@@ -95,7 +96,9 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
 
 
-def _kept(dropout: Dropout | None, rows: slice, kv_heads: int, dtype: torch.dtype) -> Tensor | float:
+def _kept(
+    dropout: Dropout | None, rows: slice, kv_heads: int, dtype: torch.dtype
+) -> Tensor | float:
     if dropout is None:
         return 1.0
     return dropout.factor(rows).to(dtype).unflatten(1, (kv_heads, -1))

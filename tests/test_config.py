@@ -1,0 +1,119 @@
+"""Schemas: what they accept, what they refuse and how they say so, and that they round-trip."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from ring_attention_standard import StandardConfig
+
+from ring_core import Registry, RingAttentionConfig, Variant, hookimpl, registry
+from ring_core.errors import ConfigError, RingError
+
+EVERYTHING = {
+    "causal": True,
+    "window": (128, None),
+    "softmax_scale": 0.25,
+    "dropout": 0.1,
+    "layout": "zigzag",
+    "kernel": "reference",
+    "communicator": "p2p",
+    "overlap": False,
+    "deterministic": True,
+    "timeout": 12.5,
+}
+
+
+@pytest.mark.parametrize("schema", [RingAttentionConfig, StandardConfig])
+def test_round_trips(schema):
+    config = schema(**EVERYTHING)
+    assert schema.model_validate_json(config.model_dump_json()) == config
+    assert schema.from_yaml(config.to_yaml()) == config
+    assert schema(**yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    assert hash(schema(**EVERYTHING)) == hash(config)
+
+
+@pytest.mark.parametrize("schema", [RingAttentionConfig, StandardConfig])
+def test_every_field_is_described(schema):
+    properties = schema.model_json_schema()["properties"]
+    assert set(EVERYTHING) < set(properties)
+    assert all(field.get("description") for field in properties.values())
+
+
+def test_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        RingAttentionConfig().causal = True
+
+
+class Base:
+    """A variant whose schema is the common one."""
+
+    RING_HOOK_API = 1
+
+    @hookimpl
+    def ring_variant(self):
+        return Variant(RingAttentionConfig, "ring_attention_standard:StandardRingAttention")
+
+
+@pytest.fixture(scope="module")
+def base_registry():
+    own = Registry()
+    own.register(Base(), name="base")
+    return own
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"causl": True}, r"causl[\s\S]*Did you mean 'causal'"),
+        ({"zzz": 1}, r"Its fields: variant, causal"),
+        ({"dropout": 1.0}, r"dropout[\s\S]*less than 1[\s\S]*input_value=1.0"),
+        ({"layout": "diagonal"}, r"layout[\s\S]*'contiguous', 'zigzag' or 'striped'"),
+        ({"window": (-1, 0)}, r"window[\s\S]*None leaves a side open"),
+        ({"window": 5}, r"window[\s\S]*tuple"),
+        ({"timeout": 0}, r"timeout[\s\S]*greater than 0"),
+        ({"softmax_scale": float("nan")}, r"softmax_scale[\s\S]*nan"),
+        ({"segment_lengths": [4]}, r"give both or neither"),
+        ({"segment_lengths": [4, 8], "dilation_rates": [1]}, r"2 entries and dilation_rates 1"),
+        ({"segment_lengths": [0], "dilation_rates": [1]}, r"every entry must be >= 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("via", ["schema", "create", "json", "yaml"])
+def test_a_bad_field_is_named(base_registry, fields, text, via):
+    with pytest.raises(ConfigError, match=text) as caught:
+        if via == "schema":
+            RingAttentionConfig(**fields)
+        elif via == "create":
+            base_registry.create("base", **fields)
+        elif via == "json":
+            RingAttentionConfig.model_validate_json(json.dumps(fields))
+        else:
+            RingAttentionConfig.from_yaml(
+                yaml.safe_dump(
+                    {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+                )
+            )
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, RingError)
+
+
+def test_dilation_is_refused_by_name_until_it_exists():
+    with pytest.raises(
+        ConfigError, match=r"segment_lengths[\s\S]*dilated attention is not in this version"
+    ):
+        registry.create("standard", segment_lengths=[8], dilation_rates=[2])
+
+
+def test_yaml_must_be_a_mapping():
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        RingAttentionConfig.from_yaml("- 1\n- 2\n")
+
+
+@pytest.mark.parametrize("field", ["kernel", "communicator"])
+def test_unknown_parts_are_refused_at_create(field):
+    with pytest.raises(
+        ConfigError, match=rf"{field}: no installed plugin brings 'nope'.*Allowed: auto, "
+    ):
+        registry.create("standard", **{field: "nope"})

@@ -1,0 +1,162 @@
+"""The engine runs any plan: strided rows, phases of heads, batched tiles, third parties' masks."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import planners
+import pytest
+import torch
+
+from ring_core import registry
+from ring_core.testing import Case, RankPool, Worker
+from ring_core.testing.case import Result, expected_of
+from ring_core.testing.tasks import build
+
+PLANNERS = ("dilated", "dilated causal", "strided ring", "block columns", "checkered")
+
+
+def run_planner(worker: Worker, planner: str, case: Case) -> Result | None:
+    attention = planners.Planned(group=worker.group)
+    attention.planner = planner
+    plan = attention.plan(case.seq_len)
+    q, k, v, dout, dlse = case.tensors()
+    shards = [plan.shard(x).detach().requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*shards, plan=plan, return_lse=True)
+    torch.autograd.backward((out, lse), (plan.shard(dout), plan.shard(dlse, dim=2)))
+    sent = attention.communicator(plan)
+    if sent is not None:
+        elements = plan.plan.elements_sent(plan.rank, case.kv_heads)
+        forward = elements * case.batch * (case.head_dim + case.value_dim) * 8
+        returned = (
+            sum(
+                len(part.rows) * part.heads.count(case.kv_heads)
+                for step in plan.plan.steps(plan.rank)
+                for part in step.parts
+            )
+            * case.batch
+            * (case.head_dim + case.value_dim)
+            * 8
+        )
+        assert sent.counters.bytes_sent == 2 * forward + returned
+    whole = Result(
+        plan.unshard(out.detach()),
+        plan.unshard(lse.detach(), dim=2),
+        *(plan.unshard(x.grad) for x in shards),
+    )
+    return whole if worker.rank == 0 else None
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_any_plan(cpu_pool: RankPool, planner: str, world: int) -> None:
+    case = Case(seq_len=16 * world, batch=2, heads=10, kv_heads=5, value_dim=6)
+    result = cpu_pool.run(run_planner, planner, case, world=world)[0]
+    seen = planners.visible(planner, case.seq_len, world, case.kv_heads).repeat_interleave(2, dim=0)
+    errors = result.errors(expected_of(case, seen))
+    assert max(errors.values()) < 1e-10, errors
+
+
+def many_plans(worker: Worker, count: int) -> list[float]:
+    """Random configs and lengths, one after the other, in one group; forward and backward."""
+    draw = random.Random(7)
+    sums = []
+    for _ in range(count):
+        window = draw.choice([None, (draw.randint(0, 30), draw.choice([None, 0, 5]))])
+        layout = draw.choice(["auto", "contiguous", "zigzag", "striped"])
+        fields = {
+            "causal": draw.random() < 0.5,
+            "window": window,
+            "layout": layout,
+            "timeout": 30.0,
+        }
+        length = draw.randint(1, 120)
+        cuts = sorted({0, length, *(draw.randint(0, length) for _ in range(draw.randint(0, 4)))})
+        sizes = draw.choice(
+            [
+                {"seq_len": length},
+                {"cu_seqlens": tuple(cuts)},
+                {"seq_len": length, "kv_len": draw.randint(1, 90)},
+            ]
+        )
+        case = Case(fields=fields, seed=draw.randint(0, 10**6), **sizes)
+        attention, plan, (q, k, v, dout, dlse) = build(worker, case)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*leaves, plan=plan, return_lse=True)
+        torch.autograd.backward((out, lse), (dout, dlse))
+        sums.append(
+            float(sum(plan.unshard(x.grad, kv=i > 0).abs().sum() for i, x in enumerate(leaves)))
+        )
+    return sums
+
+
+def test_two_hundred_random_plans_do_not_hang(cpu_pool: RankPool) -> None:
+    """And give the gradients of one process, drop whatever steps they may."""
+    started = time.monotonic()
+    sharded = cpu_pool.run(many_plans, 200, world=4, timeout=100)
+    alone = cpu_pool.run(many_plans, 200, world=1, timeout=100)
+    assert time.monotonic() - started < 200
+    for rank in range(4):
+        assert sharded[rank] == pytest.approx(alone[0], rel=1e-10)
+
+
+def two_groups(worker: Worker) -> tuple[float, float]:
+    """Calls of two attentions on two groups, taking turns within one process."""
+    import torch.distributed as dist
+
+    halves = [dist.new_group([0, 1, 2, 3]), dist.new_group([4, 5, 6, 7])]
+    inner = halves[worker.rank // 4]
+    results = []
+    attentions = [
+        registry.create("standard", causal=True, group=group) for group in (worker.group, inner)
+    ]
+    plans = [attention.plan(24) for attention in attentions]
+    q = Case(seq_len=24, kv_heads=4).tensors()[0]
+    for _ in range(3):
+        results = [
+            float(plan.unshard(attention(*3 * [plan.shard(q)], plan=plan)).sum())
+            for attention, plan in zip(attentions, plans, strict=True)
+        ]
+    return results[0], results[1]
+
+
+def test_several_groups_at_once(cpu_pool: RankPool) -> None:
+    answers = cpu_pool.run(two_groups)  # new_group is a collective of all eight
+    assert all(a == pytest.approx(b, rel=1e-12) for a, b in answers)
+
+
+def memory_in_flight(worker: Worker, seq_len: int) -> int:
+    """Largest number of elements of fetched keys and values that are held at any time."""
+    attention = registry.create("standard", causal=True, group=worker.group, layout="contiguous")
+    plan = attention.plan(seq_len)
+    x = torch.ones(1, plan.local_len, 1, 4)
+    pool = attention.communicator(plan).buffers
+    held = most = 0
+    take, give = pool.take, pool.give
+
+    def counted_take(numel, like, dtype=None):
+        nonlocal held, most
+        held += numel
+        most = max(most, held)
+        return take(numel, like, dtype)
+
+    def counted_give(buffer):
+        nonlocal held
+        held -= buffer.numel()
+        give(buffer)
+
+    pool.take, pool.give = counted_take, counted_give
+    attention(x, x, x, plan=plan)
+    pool.take, pool.give = take, give
+    assert held == 0, "every buffer went back"
+    return most
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_two_blocks_of_keys_are_held_whatever_the_world_size(
+    cpu_pool: RankPool, world: int
+) -> None:
+    seq_len = 64 * world
+    most = max(cpu_pool.run(memory_in_flight, seq_len, world=world, fresh=True))
+    assert most <= 2 * 2 * (seq_len // world) * 4

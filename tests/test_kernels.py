@@ -1,0 +1,205 @@
+"""Kernels: every band, cut into what each computes directly, against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ring_attention_standard.kernels.bands import cut, is_mirrored_causal
+from ring_attention_standard.kernels.cpu_flash import CpuFlash, _direct
+from ring_attention_standard.kernels.cuda_flash import CudaFlash
+from ring_attention_standard.kernels.cudnn import Cudnn
+from ring_attention_standard.kernels.eager import Eager
+
+from ring_core import reference, registry
+from ring_core.dropout import Dropout
+from ring_core.errors import KernelError
+from ring_core.masks import CAUSAL, FULL, Band, trim
+from ring_core.plan import Rows, Tile
+from ring_core.softmax import RingAttentionState
+
+bounds = st.one_of(st.none(), st.integers(-700, 700))
+
+
+def _tile(nq, nk, lo, hi):
+    trimmed = trim(nq, nk, Band(lo, hi))
+    if trimmed is None:
+        return None
+    q, k, band = trimmed
+    return Tile(Rows(0, len(q)), Rows(0, len(k)), band)
+
+
+@given(st.integers(1, 700), st.integers(1, 700), bounds, bounds)
+def test_pieces_are_the_tile(nq, nk, lo, hi):
+    """Each visible pair in exactly one piece, each piece what the kernel computes directly."""
+    tile = _tile(nq, nk, lo, hi)
+    if tile is None:
+        return
+    times = torch.zeros(tile.q.count, tile.kv.count, dtype=torch.int32)
+    for piece in cut(tile, _direct, 256):
+        seen = piece.mask.visible(piece.q.count, piece.kv.count)
+        assert _direct(piece.q.count, piece.kv.count, piece.mask)
+        assert seen.any(1).all()
+        rows = slice(piece.q.start, piece.q.start + piece.q.count)
+        times[rows, piece.kv.start : piece.kv.start + piece.kv.count] += seen.int()
+    assert torch.equal(times, tile.mask.visible(tile.q.count, tile.kv.count).int())
+
+
+@pytest.mark.parametrize("nk", [5, 9, 14])
+def test_mirrored_causal_is_the_left_edge_of_a_window(nk):
+    band = Band(nk - 9, None)
+    assert is_mirrored_causal(9, nk, band)
+    assert torch.equal(band.visible(9, nk).flip(0, 1), CAUSAL.visible(9, nk))
+
+
+BANDS = [
+    FULL,
+    CAUSAL,
+    Band(None, 5),
+    Band(-4, None),
+    Band(-3, 6),
+    Band(0, 0),
+    Band(-600, -20),
+    Band(None, -7),
+]
+_GPU = pytest.mark.gpu
+KERNELS = [
+    pytest.param(CpuFlash(), "cpu", id="cpu_flash"),
+    pytest.param(Eager(), "cpu", id="reference"),
+    pytest.param(Eager(), "cuda", id="reference-cuda", marks=_GPU),
+    pytest.param(CudaFlash(), "cuda", id="flash", marks=_GPU),
+    pytest.param(Cudnn(), "cuda", id="cudnn", marks=_GPU),
+]
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(37, 37), (20, 53), (53, 20), (600, 700), (1, 1)])
+@pytest.mark.parametrize("band", BANDS, ids=str)
+@pytest.mark.parametrize(("kernel", "device"), KERNELS)
+def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
+    """Out, lse and gradients of one tile, grouped heads and Dv != D, merged from its pieces."""
+    tile = _tile(nq, nk, band.lo, band.hi)
+    if tile is None:
+        return
+    exact = kernel.name in ("cpu_flash", "reference")
+    dtype = torch.float64 if exact else torch.bfloat16
+    torch.manual_seed(0)
+    shapes = (
+        (2, tile.q.count, 6, 16),
+        (2, tile.kv.count, 2, 16),
+        (2, tile.kv.count, 2, 24),
+        (2, tile.q.count, 6, 24),
+    )
+    q, k, v, dout = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    right, right_lse = reference.attention(*leaves, tile.mask.visible(tile.q.count, tile.kv.count))
+    gradients = torch.autograd.grad(right, leaves, dout.double())
+    right, right_lse = right.detach(), right_lse.detach()
+
+    q, k, v, dout = (x.to(device) for x in (q, k, v, dout))
+    state = RingAttentionState(2, tile.q.count, 6, 24, dtype=dtype, device=device)
+    pieces = kernel.lower(tile)
+    for piece in pieces:
+        rows, keys = _slice(piece.q), _slice(piece.kv)
+        out, lse = kernel.forward(
+            q[:, rows], k[:, keys], v[:, keys], piece.mask, scale=0.25, dropout=None
+        )
+        whole, whole_lse = torch.zeros_like(state.out), torch.full_like(state.lse, -torch.inf)
+        whole[:, rows], whole_lse[:, :, rows] = out, lse
+        state.update(whole, whole_lse)
+    out, lse = state.result()
+    sums = [torch.zeros_like(x) for x in (q, k, v)]
+    for piece in pieces:
+        rows, keys = _slice(piece.q), _slice(piece.kv)
+        parts = kernel.backward(
+            dout[:, rows],
+            q[:, rows],
+            k[:, keys],
+            v[:, keys],
+            out[:, rows],
+            lse[:, :, rows],
+            piece.mask,
+            scale=0.25,
+            dropout=None,
+            deterministic=False,
+        )
+        for total, part, where in zip(sums, parts, (rows, keys, keys), strict=True):
+            total[:, where] += part
+    bound = 1e-11 if exact else 3e-2
+    for name, found, wanted in zip(
+        ["out", "lse", "dq", "dk", "dv"],
+        (out, lse, *sums),
+        (right, right_lse, *gradients),
+        strict=True,
+    ):
+        error = float((found.double().cpu() - wanted).norm() / (wanted.norm() + 1))
+        assert error < bound, (name, error)
+
+
+def _slice(rows: Rows) -> slice:
+    return slice(rows.start, rows.start + rows.count)
+
+
+def test_no_kernel_says_why():
+    attention = registry.create("standard", kernel="cpu_flash", dropout=0.5)
+    q = torch.randn(1, 4, 1, 8)
+    with pytest.raises(KernelError, match=r"cpu_flash: cannot repeat a dropout mask"):
+        attention(q, q, q)
+    attention.eval()
+    attention(q, q, q)
+
+
+def test_dropout_drops_by_global_index_and_keeps_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(64)
+    dropout = Dropout(
+        0.3, 11, torch.arange(3), torch.arange(4), index.expand(3, -1), index.expand(3, -1)
+    )
+    factor = dropout.factor()
+    kept = (factor > 0).double().mean()
+    assert abs(kept - 0.7) < 0.01
+    assert torch.equal(factor.unique(), torch.tensor([0, 1 / 0.7], dtype=torch.float64))
+    order = torch.randperm(64, generator=generator)
+    moved = Dropout(
+        0.3, 11, torch.arange(3), torch.arange(4), index[order].expand(3, -1), index.expand(3, -1)
+    )
+    assert torch.equal(moved.factor(), factor[:, :, order])
+    other = Dropout(0.3, 12, *(getattr(dropout, n) for n in ("batch", "heads", "q", "kv")))
+    assert 0.35 < (other.factor() == factor).double().mean() < 0.65
+    for axis in range(4):  # no two batch rows, heads, queries or keys share a mask
+        a, b = factor.select(axis, 0), factor.select(axis, 1)
+        assert 0.4 < (a == b).double().mean() < 0.75
+
+
+class TestState:
+    """The merge that third parties use."""
+
+    def test_any_split_and_order_of_keys_gives_the_whole(self):
+        torch.manual_seed(1)
+        q, k, v = (torch.randn(2, n, 4, 8, dtype=torch.float64) for n in (5, 30, 30))
+        whole, whole_lse = reference.attention(q, k, v, torch.ones(5, 30, dtype=torch.bool))
+        state = RingAttentionState(2, 5, 4, 8, dtype=torch.float64)
+        for keys in (slice(20, 30), slice(0, 1), slice(1, 20)):
+            state.update(
+                *reference.attention(q, k[:, keys], v[:, keys], torch.ones(5, 1, dtype=torch.bool))
+            )
+        out, lse = state.result()
+        assert torch.allclose(out, whole, atol=1e-12)
+        assert torch.allclose(lse, whole_lse, atol=1e-12)
+
+    def test_rows_that_see_nothing_stay_empty_and_merge(self):
+        state = RingAttentionState(1, 2, 1, 4)
+        empty = torch.full((1, 1, 2), -torch.inf)
+        state.update(torch.zeros(1, 2, 1, 4), empty)
+        out, lse = state.result()
+        assert (out == 0).all()
+        assert torch.isneginf(lse).all()
+        state.update(torch.ones(1, 2, 1, 4), torch.tensor([[[0.5, -torch.inf]]]))
+        out, lse = state.result()
+        assert torch.equal(out[0, :, 0, 0], torch.tensor([1.0, 0.0]))
+        assert lse[0, 0, 0] == 0.5
+
+    def test_half_precision_is_kept_in_float32(self):
+        state = RingAttentionState(1, 1, 1, 2, dtype=torch.bfloat16)
+        assert state.out.dtype == state.lse.dtype == torch.float32
+        assert state.result()[0].dtype == torch.bfloat16

@@ -1,0 +1,204 @@
+"""Planners: every visible pair exactly once, every send matched, load balanced, memory bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ring_attention_standard import StandardConfig
+from ring_attention_standard.planner import plan_dense
+
+from ring_core import reference
+from ring_core.layout import contiguous, striped, zigzag
+from ring_core.masks import Band, trim
+from ring_core.sequences import Sequences
+
+LAYOUTS = ("auto", "contiguous", "zigzag", "striped")
+sides = st.one_of(st.none(), st.integers(0, 80))
+configs = st.builds(
+    StandardConfig,
+    causal=st.booleans(),
+    window=st.one_of(st.none(), st.tuples(sides, sides)),
+    layout=st.sampled_from(LAYOUTS),
+)
+
+
+@st.composite
+def sequence_arguments(draw):
+    """Arguments of plan(): plain, packed, padded or cross, up to 150 tokens."""
+    kind = draw(st.sampled_from(["plain", "packed", "padded", "cross", "packed cross"]))
+    length = draw(st.integers(1, 150))
+    if kind == "plain":
+        return {"seq_len": length}
+    if kind == "padded":
+        return {
+            "seq_len": length,
+            "lengths": draw(st.lists(st.integers(0, length), min_size=1, max_size=4)),
+        }
+    if kind == "cross":
+        return {"seq_len": length, "kv_len": draw(st.integers(1, 150))}
+    documents = draw(st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(any))
+    arguments = {"cu_seqlens": _ends(documents)}
+    if kind == "packed cross":
+        keys = st.lists(
+            st.integers(0, 40), min_size=len(documents), max_size=len(documents)
+        ).filter(any)
+        arguments["kv_cu_seqlens"] = _ends(draw(keys))
+    return arguments
+
+
+def _ends(lengths):
+    return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
+def _definition(config, sequences, arguments):
+    """Visible pairs by the reference: bool [batch, q_len, kv_len]."""
+    seen = reference.visible(
+        sequences.q_len,
+        sequences.kv_len,
+        causal=config.causal,
+        window=config.window,
+        cu_seqlens=arguments.get("cu_seqlens"),
+        kv_cu_seqlens=arguments.get("kv_cu_seqlens"),
+    )
+    lengths = arguments.get("lengths")
+    return seen[None] if lengths is None else reference.within_lengths(seen, lengths)[:, 0]
+
+
+def _computed(plan, sequences):
+    """How often the plan's tiles compute each pair: int [batch, q_len, kv_len]."""
+    times = torch.zeros(sequences.batch, sequences.q_len, sequences.kv_len, dtype=torch.int32)
+    for rank in range(plan.world):
+        own = plan.queries.positions(rank)
+        for owner in range(plan.world):
+            theirs = plan.keys.positions(owner)
+            for tile in plan.tiles(rank, owner):
+                i, j = own[tile.q.indices()], theirs[tile.kv.indices()]
+                assert (i >= 0).all()
+                assert (j >= 0).all()
+                seen = tile.mask.visible(tile.q.count, tile.kv.count)
+                assert int(seen.sum()) == tile.pairs
+                assert seen.any(0).all(), "a key that nobody sees stands in the tile"
+                assert seen.any(1).all(), "a query that sees nothing stands in the tile"
+                for row in tile.batch or range(sequences.batch):
+                    times[row, i[:, None], j] += seen.int()
+    return times
+
+
+@given(configs, sequence_arguments(), st.integers(1, 64))
+def test_every_visible_pair_is_computed_exactly_once(config, arguments, world):
+    sequences = Sequences.build(**arguments)
+    plan = plan_dense(config, sequences, world)
+    assert torch.equal(_computed(plan, sequences), _definition(config, sequences, arguments).int())
+
+
+@given(configs, sequence_arguments(), st.integers(1, 64))
+def test_every_send_has_its_receive_and_fits_in_one_shard(config, arguments, world):
+    plan = plan_dense(config, Sequences.build(**arguments), world)
+    steps = [{step.index: step for step in plan.steps(rank)} for rank in range(world)]
+    for rank in range(world):
+        for index, step in steps[rank].items():
+            assert bool(step.tiles) == bool(step.parts) or index == 0
+            if step.parts:
+                assert steps[step.source][index].requester == rank
+                assert steps[step.source][index].give == step.parts
+            if step.give:
+                assert steps[step.requester][index].parts == step.give
+            assert sum(len(part.rows) for part in step.parts) <= plan.keys.size
+            for tile in step.tiles if index else ():
+                rows = step.parts[tile.part].rows
+                assert tile.kv.start + tile.kv.count <= rows.count
+
+
+@given(configs, sequence_arguments(), st.integers(1, 64))
+def test_a_plan_is_a_small_value(config, arguments, world):
+    """Equal, hashable, and the same text wherever it is made: ranks compare it by digest."""
+    first, second = (plan_dense(config, Sequences.build(**arguments), world) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert repr(first) == repr(second)
+
+
+@given(st.integers(1, 64), st.integers(1, 5000), st.sampled_from([contiguous, zigzag, striped]))
+def test_a_layout_gives_every_token_to_one_rank(world, length, make):
+    layout = make(length, world)
+    held = torch.cat([layout.positions(rank) for rank in range(world)])
+    assert torch.equal(held[held >= 0].sort().values, torch.arange(length))
+    assert len(held) == layout.size * world
+    assert layout.size <= -(-length // world) + 1
+
+
+@given(st.integers(1, 64), st.integers(64, 10**6), st.sampled_from(["auto", "zigzag", "striped"]))
+def test_long_causal_sequences_are_balanced(world, per_rank, layout):
+    plan = plan_dense(
+        StandardConfig(causal=True, layout=layout), Sequences.build(per_rank * world), world
+    )
+    assert plan.imbalance() <= 1.1
+
+
+@given(
+    st.integers(2, 16),
+    st.lists(st.integers(1, 20000), min_size=1, max_size=12).filter(lambda d: sum(d) > 10000),
+)
+def test_packed_causal_documents_are_balanced(world, documents):
+    """Equal runs dealt by work: never far worse than contiguous shards, and close to even."""
+    sequences = Sequences.build(cu_seqlens=_ends(documents))
+    balanced = plan_dense(StandardConfig(causal=True), sequences, world)
+    naive = plan_dense(StandardConfig(causal=True, layout="contiguous"), sequences, world)
+    assert balanced.imbalance() <= max(1.25, naive.imbalance())
+
+
+def test_a_billion_tokens_are_planned_in_closed_form():
+    length, world = 10**9, 64
+    plan = plan_dense(StandardConfig(causal=True), Sequences.build(length), world)
+    assert sum(plan.work(rank) for rank in range(world)) == length * (length + 1) // 2
+    assert plan.imbalance() < 1.0001
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_zigzag_is_one_kernel_call_a_step(world):
+    """Adjacent tiles are merged: the own chunks are one triangle, each hop one rectangle."""
+    plan = plan_dense(
+        StandardConfig(causal=True, layout="zigzag"), Sequences.build(64 * world), world
+    )
+    for rank in range(world):
+        assert [len(step.tiles) for step in plan.steps(rank)] == [1] * world
+
+
+def test_zigzag_fetches_only_what_it_needs():
+    """Later ranks need only the first chunk of an earlier one: 3/4 of all rows travel."""
+    world, length = 4, 512
+    plan = plan_dense(StandardConfig(causal=True, layout="zigzag"), Sequences.build(length), world)
+    sent = sum(plan.elements_sent(rank, kv_heads=1) for rank in range(world))
+    assert sent == 0.75 * length * (world - 1)
+
+
+def test_a_window_fetches_only_its_halo():
+    world, length, left = 8, 800, 30
+    plan = plan_dense(StandardConfig(causal=True, window=(left, 0)), Sequences.build(length), world)
+    assert [len(run) for run in plan.queries.rows] == [1] * world
+    for rank in range(world):
+        assert plan.elements_sent(rank, kv_heads=1) == (left if rank < world - 1 else 0)
+        assert len(plan.steps(rank)) <= 3
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.one_of(st.none(), st.integers(-50, 50)),
+    st.one_of(st.none(), st.integers(-50, 50)),
+)
+def test_trim_and_count_agree_with_the_definition(nq, nk, lo, hi):
+    band = Band(lo, hi)
+    seen = band.visible(nq, nk)
+    assert band.count(nq, nk) == int(seen.sum())
+    trimmed = trim(nq, nk, band)
+    if trimmed is None:
+        assert not seen.any()
+        return
+    q, k, inner = trimmed
+    assert torch.equal(seen.any(1).nonzero().flatten(), torch.arange(q.start, q.stop))
+    assert torch.equal(seen.any(0).nonzero().flatten(), torch.arange(k.start, k.stop))
+    assert torch.equal(inner.visible(len(q), len(k)), seen[q.start : q.stop, k.start : k.stop])
+    assert trim(len(q), len(k), inner) == (range(len(q)), range(len(k)), inner)

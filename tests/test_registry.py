@@ -1,0 +1,410 @@
+"""Names, creation, and every way in which a plugin can be missing or broken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+from ring_attention_standard import StandardConfig, StandardRingAttention
+
+import ring_core
+from ring_core import Preset, Registry, RingAttentionConfig, Variant, hookimpl, hookspec, registry
+from ring_core.errors import (
+    ConfigError,
+    DuplicateNameError,
+    HookApiError,
+    PluginLoadError,
+    UnknownPresetError,
+    UnknownVariantError,
+)
+
+GOOD = """
+    from ring_core import Variant, hookimpl
+    from ring_attention_standard import StandardConfig
+    RING_HOOK_API = 1
+    @hookimpl
+    def ring_variant(name):
+        return Variant(config=StandardConfig, attention="ring_attention_standard:StandardRingAttention",
+                       summary="a third party's")
+"""
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on the path where distributions with entry points can be written."""
+    folder = Path(tmp_path)
+    monkeypatch.syspath_prepend(folder)
+
+    def write(distribution, module, source, group="ring_core.variants", name=None, requires=()):
+        (folder / f"{module}.py").write_text(textwrap.dedent(source))
+        info = folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        needs = "".join(f"Requires-Dist: {one}\n" for one in requires)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n{needs}"
+        )
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name or module} = {module}\n")
+
+    write.folder = folder
+    return write
+
+
+def _fresh(folder, code, **environment):
+    """Run ``code`` in a new interpreter that sees the folder's distributions; its printed JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_names_import_no_torch_and_run_no_plugin_code(site):
+    site("loud", "loud", "raise SystemExit('this plugin was run')")
+    answer = _fresh(
+        site.folder,
+        """
+        import json, sys
+        import ring_core
+        names = ring_core.registry.names()
+        print(json.dumps([names, [m for m in ("torch", "loud", "ring_attention_standard") if m in sys.modules]]))
+        """,
+    )
+    assert answer == [["loud", "standard"], []]
+
+
+def test_loading_plugins_imports_no_torch(site):
+    answer = _fresh(
+        site.folder,
+        """
+        import json, sys
+        from ring_core import registry
+        rows = [(row.name, row.status) for row in registry.plugins()]
+        print(json.dumps([rows, registry.variant("standard").summary != "", "torch" in sys.modules]))
+        """,
+    )
+    assert answer == [[["standard", "loaded"]], True, False]
+
+
+class TestCreate:
+    def test_by_name_config_and_mapping(self):
+        for attention in (
+            registry.create("standard", causal=True),
+            registry.create("standard", config=RingAttentionConfig(causal=True)),
+            registry.create("standard", config={"causal": True}),
+            registry.create(
+                "standard", config=StandardConfig(causal=False, layout="auto"), causal=True
+            ),
+            registry.create({"variant": "standard", "causal": True}),
+            registry.create(RingAttentionConfig(variant="standard", causal=True)),
+            ring_core.create_ring_attention("standard", causal=True),
+            StandardRingAttention(causal=True),
+            StandardRingAttention(RingAttentionConfig(causal=True)),
+        ):
+            assert type(attention) is StandardRingAttention
+            assert type(attention.config) is StandardConfig
+            assert attention.config == StandardConfig(causal=True)
+            assert not list(attention.parameters())
+
+    def test_two_names_are_refused(self):
+        with pytest.raises(ConfigError, match=r"asked for 'standard'.*for 'hilbert'"):
+            registry.create("standard", config=RingAttentionConfig(variant="hilbert"))
+        with pytest.raises(ConfigError, match="not both"):
+            registry.create({"variant": "standard"}, config={"causal": True})
+
+    def test_unknown_names_say_what_to_do(self):
+        with pytest.raises(
+            UnknownVariantError, match=r"Did you mean 'standard'\? Installed: standard"
+        ):
+            registry.create("standrad")
+        with pytest.raises(UnknownVariantError, match=r"pip install ring-attention-hilbert"):
+            registry.create("hilbert")
+
+    def test_auto(self, caplog):
+        with caplog.at_level(logging.INFO, logger="ring_core"):
+            assert type(registry.create("auto", causal=True)) is StandardRingAttention
+        assert "auto chose variant 'standard': no field asks for another variant" in caplog.text
+        with pytest.raises(
+            ConfigError, match=r"no installed variant knows the field\(s\) causl.*'causal'"
+        ):
+            registry.create("auto", causl=True)
+
+    def test_presets(self):
+        with pytest.raises(
+            UnknownPresetError, match=r"unknown preset 'nightly'.*installed plugins: "
+        ):
+            registry.create_from_preset("nightly")
+
+
+class OneField(RingAttentionConfig):
+    """A third party's schema."""
+
+    sharpness: float = 1.0
+    """A field that no other variant has."""
+
+
+class InProcess:
+    """A plugin object without packaging, which answers to whatever name it is registered by."""
+
+    RING_HOOK_API = 1
+
+    @hookimpl
+    def ring_variant(self):
+        return Variant(
+            config=OneField,
+            attention="ring_attention_standard:StandardRingAttention",
+            retired_names={"older": "2.0"},
+        )
+
+    @hookimpl
+    def ring_presets(self):
+        return {"sharp": Preset("mine", {"sharpness": 2.0})}
+
+
+@pytest.fixture
+def own():
+    """A registry apart from the process's own."""
+    return Registry()
+
+
+class TestRegister:
+    def test_an_object_is_a_first_class_plugin(self, own):
+        own.register(InProcess(), name="mine")
+        assert own.names() == ["mine", "standard"]
+        assert own.variant("mine").config is OneField
+        own.unregister("mine")
+        assert own.names() == ["standard"]
+
+    def test_auto_takes_the_only_variant_that_knows_a_field(self, own):
+        own.register(InProcess(), name="mine")
+        assert own._choose({"sharpness": 2.0}, None)[0] == "mine"
+
+    def test_preset_fields_are_overridden_and_validated(self, own):
+        own.register(InProcess(), name="mine")
+        assert own.presets()["sharp"].fields == {"sharpness": 2.0}
+        with pytest.raises(ConfigError, match="Did you mean 'sharpness'"):
+            own.create_from_preset("sharp", sharpnes=3.0)
+
+    def test_a_taken_name_is_refused(self, own):
+        with pytest.raises(
+            DuplicateNameError, match=r"'standard' is taken by ring-attention-standard 0"
+        ):
+            own.register(InProcess(), name="standard")
+
+    def test_a_retired_name_works_and_warns(self, own):
+        own.register(InProcess(), name="mine")
+        with pytest.warns(DeprecationWarning, match=r"'older' is now called 'mine'.*version 2.0"):
+            assert own.variant("older").config is OneField
+
+    def test_an_outdated_plugin_names_both_versions(self, own):
+        class Old(InProcess):
+            RING_HOOK_API = 0
+
+        with pytest.raises(
+            HookApiError, match=r"built for hook API 0, and this core has hook API 1"
+        ):
+            own.register(Old(), name="old")
+        assert own.names() == ["standard"]
+
+    def test_a_plugin_without_a_version_is_told_to_declare_one(self, own):
+        with pytest.raises(HookApiError, match="write RING_HOOK_API = 1"):
+            own.register(object(), name="bare")
+
+    def test_a_misspelled_hook_is_named(self, own):
+        class Misspelled(InProcess):
+            @hookimpl
+            def ring_kernel(self):
+                return []
+
+        with pytest.raises(
+            PluginLoadError, match=r"'ring_kernel', which is no hook. Did you mean 'ring_kernels'"
+        ):
+            own.register(Misspelled(), name="typo")
+
+    def test_a_hook_that_raises_leaves_the_others_alone(self, own):
+        class Raises(InProcess):
+            @hookimpl
+            def ring_kernels(self):
+                raise RuntimeError("no GPU of ours")
+
+        own.register(Raises(), name="fragile")
+        attention = own.create("standard", causal=True)
+        assert attention.config.causal
+        row = next(row for row in own.plugins() if row.name == "fragile")
+        assert (row.status, row.error) == (
+            "failed",
+            "ring_kernels raised RuntimeError: no GPU of ours",
+        )
+
+    def test_plugins_may_bring_hook_specifications(self, own):
+        class Specs:
+            @hookspec
+            def my_patterns(self):
+                """Pattern kinds."""
+
+        class Bringer(InProcess):
+            @hookimpl
+            def ring_hookspecs(self):
+                return Specs
+
+        class Implementer:
+            RING_HOOK_API = 1
+
+            @hookimpl
+            def my_patterns(self):
+                return ["stripes"]
+
+        with pytest.raises(PluginLoadError, match="my_patterns"):
+            own.register(Implementer(), name="implementer")
+        own.register(Bringer(), name="bringer")
+        own.register(Implementer(), name="implementer")
+        assert own.ask("my_patterns") == [["stripes"]]
+
+
+class TestBrokenPlugins:
+    def test_each_has_its_row_and_its_error_and_the_others_work(self, site):
+        site("good-dist", "good", GOOD)
+        site("broken-dist", "broken", "import no_such_module")
+        site("exits-dist", "exits", "raise SystemExit(3)")
+        site("old-dist", "old", GOOD.replace("RING_HOOK_API = 1", "RING_HOOK_API = 99"))
+        site("empty-dist", "empty", "RING_HOOK_API = 1")
+        site("twice-a", "twice_a", GOOD, name="twice")
+        site("twice-b", "twice_b", GOOD, name="twice")
+        answer = _fresh(
+            site.folder,
+            """
+            import json
+            from ring_core import registry
+            out = {row.name + "/" + row.distribution: [row.version, row.status, row.error] for row in registry.plugins()}
+            errors = {}
+            for name in registry.names():
+                try:
+                    registry.create(name, causal=True)
+                except Exception as error:
+                    errors[name] = [type(error).__name__, str(error)]
+            print(json.dumps([registry.names(), out, errors]))
+            """,
+        )
+        names, rows, errors = answer
+        assert names == ["broken", "empty", "exits", "good", "old", "standard", "twice"]
+        assert {name: row[1] for name, row in rows.items()} == {
+            "good/good-dist": "loaded",
+            "standard/ring-attention-standard": "loaded",
+            "broken/broken-dist": "failed",
+            "exits/exits-dist": "failed",
+            "empty/empty-dist": "failed",
+            "old/old-dist": "outdated",
+            "twice/twice-a": "conflict",
+            "twice/twice-b": "conflict",
+        }
+        assert set(errors) == {"broken", "exits", "empty", "old", "twice"}
+        kind, text = errors["broken"]
+        assert kind == "PluginLoadError"
+        for part in ("broken-dist 1.2", "broken = broken", "ModuleNotFoundError", "no_such_module"):
+            assert part in text
+        kind, text = errors["old"]
+        assert kind == "HookApiError"
+        assert "hook API 99" in text
+        assert "hook API 1" in text
+        kind, text = errors["twice"]
+        assert kind == "DuplicateNameError"
+        assert "twice-a 1.2" in text
+        assert "twice-b 1.2" in text
+
+    LIST = """
+        import json, warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            from ring_core import registry
+            names = registry.names()
+            try:
+                registry.create("mine")
+                said = ""
+            except Exception as error:
+                said = type(error).__name__ + ": " + str(error)
+        print(json.dumps([names, said, [str(w.message) for w in caught if "RING_" in str(w.message)]]))
+    """
+
+    def test_ring_plugins_allows_only_those_and_what_they_need(self, site):
+        site("mine-dist", "mine", GOOD, requires=["ring-attention-standard>=0.1"])
+        site("other-dist", "other", GOOD)
+        assert _fresh(site.folder, self.LIST, RING_PLUGINS="mine") == [["mine", "standard"], "", []]
+        names, said, _ = _fresh(site.folder, self.LIST, RING_PLUGINS="other-dist")
+        assert names == ["other"]
+        assert said == (
+            "UnknownVariantError: variant 'mine' of mine-dist 1.2 (entry point 'mine = mine') is disabled: "
+            "left out by RING_PLUGINS=other-dist."
+        )
+
+    def test_ring_disable_plugins_leaves_those_out(self, site):
+        site("mine-dist", "mine", GOOD)
+        names, said, _ = _fresh(site.folder, self.LIST, RING_DISABLE_PLUGINS="mine")
+        assert names == ["standard"]
+        assert "left out by RING_DISABLE_PLUGINS=mine" in said
+
+    def test_a_name_that_is_no_plugin_is_told(self, site):
+        site("mine-dist", "mine", GOOD)
+        *_, warned = _fresh(site.folder, self.LIST, RING_DISABLE_PLUGINS="mina")
+        assert warned == ["RING_DISABLE_PLUGINS names 'mina', which no installed plugin is"]
+
+    def test_disabling_one_claimant_settles_a_conflict(self, site):
+        site("mine-a", "mine_a", GOOD, name="mine")
+        site("mine-b", "mine_b", GOOD, name="mine")
+        _, said, _ = _fresh(site.folder, self.LIST)
+        assert said.startswith("DuplicateNameError")
+        assert _fresh(site.folder, self.LIST, RING_DISABLE_PLUGINS="mine-b")[:2] == [
+            ["mine", "standard"],
+            "",
+        ]
+
+    def test_hook_only_plugins_are_loaded_too(self, site):
+        site(
+            "watcher-dist",
+            "watcher",
+            """
+            from ring_core import Observer, hookimpl
+            RING_HOOK_API = 1
+            calls = []
+            class Counting(Observer):
+                def kernel(self, kernel):
+                    class Wrapped:
+                        name, priority = kernel.name, kernel.priority
+                        lower, backward = kernel.lower, kernel.backward
+                        def forward(self, *args, **options):
+                            calls.append(1)
+                            return kernel.forward(*args, **options)
+                    return Wrapped()
+            @hookimpl
+            def ring_observers():
+                return [Counting()]
+            """,
+            group="ring_core.plugins",
+        )
+        answer = _fresh(
+            site.folder,
+            """
+            import json, torch
+            from ring_core import registry
+            q = torch.randn(1, 4, 2, 8)
+            registry.create("standard")(q, q, q)
+            import watcher
+            print(json.dumps([registry.names(), len(watcher.calls)]))
+            """,
+        )
+        assert answer == [["standard"], 1]
+
+
+def test_no_warning_on_the_normal_way():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Registry().create("standard", causal=True)

@@ -1,0 +1,8 @@
+"""Variant ``standard`` through the conformance kit, in every layout."""
+
+from ring_core.testing import Conformance
+
+
+class TestStandard(Conformance):
+    variant = "standard"
+    layouts = ("auto", "zigzag", "striped")
