@@ -18,6 +18,7 @@ from ring_core.engine import Program, Settings
 from ring_core.errors import (
     CommunicatorError,
     ConfigError,
+    DifferentiationError,
     InputError,
     KernelError,
     RingTimeoutError,
@@ -457,7 +458,7 @@ class _FailingAlike:
 
 
 class _Ring(torch.autograd.Function):
-    """The engine under autograd. One backward per forward's graph use; not twice differentiable."""
+    """The engine under autograd."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
@@ -469,10 +470,14 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: these gradients would carry no graph
+            raise DifferentiationError(
+                "ring attention is differentiable once: call backward or autograd.grad without "
+                "create_graph=True, or compute this layer with dense attention"
+            )
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)

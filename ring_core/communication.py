@@ -39,28 +39,27 @@ class BufferPool:
     A buffer on a GPU goes only to users of the stream that it was last used on.
     """
 
-    def __init__(self, keep: int = 8) -> None:
-        self._keep = keep
+    def __init__(self) -> None:
         self._free: dict[_Key, list[Tensor]] = {}
 
-    def take(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A flat uninitialised tensor of ``numel`` elements on the device of ``like``."""
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """A flat uninitialised tensor of ``numel`` elements, of the dtype and device of ``like``."""
         free = self._free.setdefault(
-            _key(like.device, dtype or like.dtype, torch.is_inference_mode_enabled()), []
+            _key(like.device, like.dtype, torch.is_inference_mode_enabled()), []
         )
-        fitting = [i for i, buffer in enumerate(free) if numel <= buffer.numel() <= 2 * numel]
-        if fitting:
-            best = min(fitting, key=lambda i: free[i].numel())
+        large_enough = [i for i, buffer in enumerate(free) if buffer.numel() >= numel]
+        if large_enough:
+            best = min(large_enough, key=lambda i: free[i].numel())
             return free.pop(best)[:numel]
-        return torch.empty(numel, dtype=dtype or like.dtype, device=like.device)
+        # Too small for this request, they would pile up beside those that fit.
+        free.clear()
+        return torch.empty(numel, dtype=like.dtype, device=like.device)
 
     def give(self, buffer: Tensor) -> None:
         """Return a buffer that :meth:`take` handed out."""
         whole = buffer if buffer._base is None else buffer._base
-        free = self._free.setdefault(_key(whole.device, whole.dtype, whole.is_inference()), [])
-        free.append(whole)
-        if len(free) > self._keep:  # drop the one unused for longest
-            free.pop(0)
+        key = _key(whole.device, whole.dtype, whole.is_inference())
+        self._free.setdefault(key, []).append(whole)
 
 
 def _key(device: torch.device, dtype: torch.dtype, inference: bool) -> _Key:

@@ -97,6 +97,7 @@ def forward(
                     at.back(tile_out, target),
                     at.back(tile_lse.transpose(1, 2).unsqueeze(-1), at.window(lse_)),
                 )
+                del tile_out  # the next tile's must not be made beside it
     return out, lse
 
 
@@ -165,12 +166,14 @@ def backward(
                     ):
                         window = at.kv_window(sums, step)
                         window.add_(tile_sum.reshape(window.shape).to(wide))
+                    del tile_sum
+                del tile_dq, tile_dk, tile_dv  # the next tile's must not be made beside them
         if need_kv and step.index != 0:
             assert communicator is not None
-            sent = _Homeward(step, communicator.give_back(step, flat, (k, v)))
-            if homeward:  # received while this step computed
+            if homeward:  # it came while this step was computed
                 homeward.add_to(dk, dv)
-            homeward = sent
+            homeward = _Homeward(step, communicator.give_back(step, flat, (k, v)))
+            del flat, dkeys, dvalues
     if homeward:
         homeward.add_to(dk, dv)
     return dq, dk, dv

@@ -53,6 +53,10 @@ class CommunicatorError(RingError):
     """No communicator serves the group, or the one asked for by name does not."""
 
 
+class DifferentiationError(RingError, RuntimeError):
+    """A gradient of a gradient was asked for; attention here is differentiable once."""
+
+
 class DisagreementError(RingError):
     """The ranks of a group called with different configs, plans or shapes, or one is missing.
 

@@ -26,7 +26,7 @@ def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
     merged = torch.logaddexp(lse, tile_lse)
     # exp(-inf - -inf) is NaN; against 0 it is the 0 that an empty row weighs
     pivot = merged.masked_fill(merged == -torch.inf, 0)
-    out.mul_(torch.exp(lse - pivot)).add_(tile_out.to(out.dtype) * torch.exp(tile_lse - pivot))
+    out.mul_(torch.exp(lse - pivot)).addcmul_(tile_out.to(out.dtype), torch.exp(tile_lse - pivot))
     lse.copy_(merged)
 
 

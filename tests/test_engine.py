@@ -135,11 +135,11 @@ def memory_in_flight(worker: Worker, seq_len: int) -> int:
     held = most = 0
     take, give = pool.take, pool.give
 
-    def counted_take(numel, like, dtype=None):
+    def counted_take(numel, like):
         nonlocal held, most
         held += numel
         most = max(most, held)
-        return take(numel, like, dtype)
+        return take(numel, like)
 
     def counted_give(buffer):
         nonlocal held

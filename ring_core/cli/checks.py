@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from ring_core.cli.smoke import SmokeResult
+
+logger = logging.getLogger("ring_core")
 
 _HEAD_DIM = 128
 _DTYPES = {
@@ -230,8 +233,9 @@ def _smoke(device_type: str, backend: str, dtype: str, allowed: float) -> Iterat
     try:
         results: list[SmokeResult] = launch(smoke, dtype, processes=2, device_type=device_type)
     except RingError as error:
+        logger.info("the run on 2 processes over %s failed", backend, exc_info=True)
         yield problem(
-            topic, str(error), "the findings above say what is missing; --verbose shows the log"
+            topic, str(error), "mend the problems above first; --verbose shows the traceback"
         )
         return
     result = results[0]

@@ -6,9 +6,9 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         metavar="FILE",
-        help="train on the bytes of FILE (default: help texts)",
+        help="train on the bytes of FILE (default: Python's help)",
     )
-    parser.add_argument("--variant", default="standard", help="default: %(default)s")
+    parser.add_argument(
+        "--variant", default="standard", help="see ring-attention list (default: %(default)s)"
+    )
     parser.add_argument(
         "--processes", type=_at_least(2), default=4, metavar="N", help="default: %(default)s"
     )
@@ -58,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where report.json and report.png go (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights and windows (default: %(default)s)"
+        "--seed",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="of weights and windows (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the report, not the tables")
 
@@ -72,7 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ring_core.demo.report import report
 
     text = document.load(arguments.input)
-    folder = _folder(arguments.output)
     # With --json stdout holds the JSON and nothing else.
     out = console(stderr=arguments.json)
     if text.longest_context() < arguments.context:
@@ -87,7 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         seed=arguments.seed,
     )
-    compared = comparison.compare(text, options, announce=out.print)
+    prepared = comparison.prepare(text, options)
+    folder = _folder(arguments.output)
+    out.print(str(prepared))
+    compared = prepared.run()
     found = report(compared, _command(arguments))
     (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
     draw(compared, folder / "report.png")
@@ -99,9 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
     return _verdict(out, compared)
 
 
-def _at_least(least: int) -> Any:
+def _at_least(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is too few: at least {least}")
         return value

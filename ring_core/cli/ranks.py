@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ Task = Callable[..., Any]
 
 _SECONDS_TO_STOP = 5
 _TASK = "task.pickle"
+_LAUNCHER_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
 
 class RankFailedError(RingError):
@@ -105,7 +108,10 @@ def _work(folder: str, device_type: str, threads: int) -> Any:
         if world == 1:
             return task(Worker(rank, world, device), *args)
         _use_loopback()
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         answer = task(Worker(rank, world, device), *args)
         dist.barrier()  # nobody hangs up on a peer that is still sending
         dist.destroy_process_group()
@@ -121,7 +127,8 @@ def _work(folder: str, device_type: str, threads: int) -> Any:
             "traceback": traceback.format_exc(),
         }
         Path(folder, f"error-{rank}.json").write_text(json.dumps(record))
-        raise
+        sys.stderr.flush()
+        os._exit(1)  # a group that has lost a peer aborts, loudly, when it is taken down in order
 
 
 class _RankTracebackError(Exception):
@@ -179,15 +186,18 @@ def _use_loopback() -> None:
 @contextmanager
 def _silent_launcher() -> Iterator[None]:
     """Keep the launcher's log to itself: what went wrong is said once, by the error raised here."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    handler, propagate = logging.NullHandler(), logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
+    handler = logging.NullHandler()
+    loggers = [logging.getLogger(name) for name in _LAUNCHER_LOGGERS]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate
 
 
 @contextmanager
@@ -208,6 +218,7 @@ def _ctrl_c_here_alone() -> Iterator[None]:
     KeyboardInterrupt in the main thread as ever. Processes that the launcher was just starting, and
     does not know of yet, are ended here.
     """
+    resource_tracker.ensure_running()  # later it would unblock SIGINT for the whole thread
     others = multiprocessing.active_children()
     over = threading.Event()
     threading.Thread(target=over.wait, daemon=True).start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,7 +40,6 @@ class Options:
 class Run:
     """One training, on one process or several."""
 
-    name: str
     device_type: str
     context: int
     ranks: tuple[RankResult, ...]
@@ -95,58 +93,69 @@ class Comparison:
         return None
 
 
-def context_for(document: Document, asked: int) -> int:
-    """The context to train with: what was asked for, or what the document has."""
-    return min(asked, document.longest_context())
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison that can be run: the variant exists and plans this context."""
+
+    document: Document
+    options: Options
+    job: Job
+    parameters: int
+    device_type: str
+
+    def __str__(self) -> str:
+        backend = {"cpu": "gloo on the CPU", "cuda": "NCCL on GPUs"}[self.device_type]
+        return (
+            f"{self.document.name}: {len(self.document.data):,} bytes. A context of "
+            f"{self.job.context:,} on {self.options.processes} processes, {backend}; variant "
+            f"{self.job.variant}; {self.parameters:,} parameters."
+        )
+
+    def run(self) -> Comparison:
+        """Train unsharded and sharded, each in processes of its own.
+
+        Raises:
+            RankFailedError: a rank raised or died; says which, and the error's own text.
+        """
+        return Comparison(
+            document=self.document,
+            options=self.options,
+            variant=self.job.variant,
+            context=self.job.context,
+            parameters=self.parameters,
+            unsharded=self._train("unsharded", 1),
+            sharded=self._train("sharded", self.options.processes),
+        )
+
+    def _train(self, name: str, processes: int) -> Run:
+        title = f"{name} ({processes} process{'es' if processes > 1 else ''})"
+        ranks = launch(train, self.job, title, processes=processes, device_type=self.device_type)
+        return Run(self.device_type, self.job.context, tuple(ranks))
 
 
-def device_type_for(processes: int) -> str:
-    """'cuda' where every process gets a GPU of its own, else 'cpu'."""
-    enough = torch.cuda.device_count() >= processes
-    return "cuda" if enough and dist.is_nccl_available() else "cpu"
+def prepare(document: Document, options: Options) -> Prepared:
+    """Choose context and device, and find out here what would otherwise fail on every rank.
 
-
-def compare(document: Document, options: Options, announce: Callable[[str], None]) -> Comparison:
-    """Train unsharded and sharded, each in processes of its own.
-
-    Args:
-        announce: told, once that is known, what is about to run.
+    The context is cut to what the document has. 'cuda' is taken where every process gets a GPU.
 
     Raises:
-        RingError: the variant does not exist, refuses causal text, or failed on a rank.
+        RingError: the variant does not exist, or refuses causal attention or this context.
     """
-    context = context_for(document, options.context)
-    # Here first, where an error is one line and costs nothing.
+    context = min(options.context, document.longest_context())
     attention = registry.create(options.variant, causal=True)
     attention.plan(context)
-    variant = attention.config.variant
-    parameters = sum(p.numel() for p in LanguageModel(SIZE).parameters())
-    device_type = device_type_for(options.processes)
-    job = Job(
-        variant=variant,
-        windows=document.windows(context, options.steps, options.seed),
-        seed=options.seed,
-        size=SIZE,
-        learning_rate=LEARNING_RATE,
-        epsilon=EPSILON,
-    )
-    backend = {"cpu": "gloo on the CPU", "cuda": "NCCL on GPUs"}[device_type]
-    announce(
-        f"{document.name}: {len(document.data):,} bytes. A context of {context:,} on "
-        f"{options.processes} processes, {backend}; variant {variant}; {parameters:,} parameters."
-    )
-
-    def run(name: str, processes: int) -> Run:
-        title = f"{name} ({processes} process{'es' if processes > 1 else ''})"
-        ranks = launch(train, job, title, processes=processes, device_type=device_type)
-        return Run(name, device_type, context, tuple(ranks))
-
-    return Comparison(
+    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    return Prepared(
         document=document,
         options=options,
-        variant=variant,
-        context=context,
-        parameters=parameters,
-        unsharded=run("unsharded", 1),
-        sharded=run("sharded", options.processes),
+        job=Job(
+            variant=attention.config.variant,
+            windows=document.windows(context, options.steps, options.seed),
+            seed=options.seed,
+            size=SIZE,
+            learning_rate=LEARNING_RATE,
+            epsilon=EPSILON,
+        ),
+        parameters=sum(p.numel() for p in LanguageModel(SIZE).parameters()),
+        device_type="cuda" if gpus >= options.processes else "cpu",
     )
