@@ -69,7 +69,7 @@ class RankPlan:
         steps = self.plan.steps(self.rank)
         return frozenset(type(tile.mask) for step in steps for tile in step.tiles)
 
-    def shard(self, x: Tensor, dim: int = 1, *, kv: bool = False, fill: float = 0) -> Tensor:
+    def shard(self, x: Tensor, dim: int = 1, kv: bool = False, fill: float = 0) -> Tensor:
         """This rank's rows of the whole tensor ``x``, which every rank holds alike.
 
         Any rank of tensor and any dtype. Differentiable: the backward gathers the ranks' slices
@@ -86,7 +86,7 @@ class RankPlan:
         sharded: Tensor = _Shard.apply(x, dim % x.ndim, self, kv, fill)  # type: ignore[no-untyped-call]
         return sharded
 
-    def unshard(self, x: Tensor, dim: int = 1, *, kv: bool = False) -> Tensor:
+    def unshard(self, x: Tensor, dim: int = 1, kv: bool = False) -> Tensor:
         """The whole tensor in its original order from every rank's shard ``x``; padding is dropped.
 
         A collective of the group. Differentiable: the result is replicated, so the backward takes

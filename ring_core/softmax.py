@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ring_core.errors import InputError
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which dtype lse, merges and gradients of ``dtype`` inputs are accumulated."""
@@ -33,35 +35,60 @@ def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
 class RingAttentionState:
     """The running ``(out, lse)`` of a set of queries while keys arrive tile by tile.
 
-    Args:
-        batch, rows, heads, value_dim: sizes of ``out`` [B, S, H, Dv].
-        dtype: of the inputs; the state is float32, float64 for float64.
+    The first update fixes shapes and dtype; merging is done in float32, float64 for float64. ::
+
+        state = RingAttentionState()
+        for keys, values in tiles:
+            state.update(*attend(q, keys, values))
+        out, lse = state.result()
     """
 
-    def __init__(
-        self,
-        batch: int,
-        rows: int,
-        heads: int,
-        value_dim: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self.dtype = dtype
-        wide = accumulation_dtype(dtype)
-        self.out = torch.zeros(batch, rows, heads, value_dim, dtype=wide, device=device)
-        self.lse = torch.full((batch, heads, rows), -torch.inf, dtype=wide, device=device)
+    def __init__(self) -> None:
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+        self._dtype: torch.dtype | None = None
 
     def update(self, out: Tensor, lse: Tensor) -> None:
-        """Merge attention of these queries over further keys: out [B, S, H, Dv], lse [B, H, S]."""
+        """Merge attention of these queries over further keys, none of which was merged before.
+
+        Args:
+            out: [B, S, H, Dv]. lse: [B, H, S], natural log; -inf where a query saw none of the keys.
+
+        Raises:
+            InputError: the shapes do not fit each other or the first update's.
+        """
+        batch, rows, heads = out.shape[:3] if out.ndim == 4 else (None, None, None)
+        if tuple(lse.shape) != (batch, heads, rows):
+            raise InputError(
+                f"out {tuple(out.shape)} and lse {tuple(lse.shape)}: expected [B, S, H, Dv] and "
+                "[B, H, S]"
+            )
+        # What stands in out where no key was seen is the kernel's own business, and may be NaN.
+        out = out.masked_fill(lse.transpose(1, 2).unsqueeze(-1) == -torch.inf, 0)
+        if self._out is None or self._lse is None:
+            wide = accumulation_dtype(out.dtype)
+            self._dtype = out.dtype
+            self._out = out.to(wide)  # masked_fill made a copy
+            self._lse = lse.to(wide, copy=True)
+            return
+        if out.shape != self._out.shape:
+            raise InputError(
+                f"out {tuple(out.shape)} after an update with {tuple(self._out.shape)}: one state "
+                "holds one set of queries"
+            )
         merge_(
-            self.out,
-            self.lse.transpose(1, 2).unsqueeze(-1),
+            self._out,
+            self._lse.transpose(1, 2).unsqueeze(-1),
             out,
-            lse.to(self.lse.dtype).transpose(1, 2).unsqueeze(-1),
+            lse.to(self._lse.dtype).transpose(1, 2).unsqueeze(-1),
         )
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """``out`` in the inputs' dtype and ``lse``; rows that saw no key: out 0, lse -inf."""
-        return self.out.to(self.dtype), self.lse
+        """``out`` in the first update's dtype, and ``lse``; rows that saw no key: 0 and -inf.
+
+        Raises:
+            InputError: nothing was merged yet.
+        """
+        if self._out is None or self._lse is None or self._dtype is None:
+            raise InputError("no update yet: there is nothing to give a result of")
+        return self._out.to(self._dtype), self._lse

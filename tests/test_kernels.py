@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,7 @@ from ring_attention_standard.kernels.eager import Eager
 
 from ring_core import reference, registry
 from ring_core.dropout import Dropout
-from ring_core.errors import KernelError
+from ring_core.errors import InputError, KernelError
 from ring_core.masks import CAUSAL, FULL, Band, trim
 from ring_core.plan import Rows, Tile
 from ring_core.softmax import RingAttentionState
@@ -97,14 +99,15 @@ def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
     right, right_lse = right.detach(), right_lse.detach()
 
     q, k, v, dout = (x.to(device) for x in (q, k, v, dout))
-    state = RingAttentionState(2, tile.q.count, 6, 24, dtype=dtype, device=device)
+    state = RingAttentionState()
     pieces = kernel.lower(tile)
     for piece in pieces:
         rows, keys = _slice(piece.q), _slice(piece.kv)
         out, lse = kernel.forward(
             q[:, rows], k[:, keys], v[:, keys], piece.mask, scale=0.25, dropout=None
         )
-        whole, whole_lse = torch.zeros_like(state.out), torch.full_like(state.lse, -torch.inf)
+        whole = out.new_zeros(2, tile.q.count, 6, 24)
+        whole_lse = lse.new_full((2, 6, tile.q.count), -torch.inf)
         whole[:, rows], whole_lse[:, :, rows] = out, lse
         state.update(whole, whole_lse)
     out, lse = state.result()
@@ -178,19 +181,19 @@ class TestState:
         torch.manual_seed(1)
         q, k, v = (torch.randn(2, n, 4, 8, dtype=torch.float64) for n in (5, 30, 30))
         whole, whole_lse = reference.attention(q, k, v, torch.ones(5, 30, dtype=torch.bool))
-        state = RingAttentionState(2, 5, 4, 8, dtype=torch.float64)
+        state = RingAttentionState()
         for keys in (slice(20, 30), slice(0, 1), slice(1, 20)):
-            state.update(
-                *reference.attention(q, k[:, keys], v[:, keys], torch.ones(5, 1, dtype=torch.bool))
-            )
+            seen = torch.ones(5, 1, dtype=torch.bool)
+            state.update(*reference.attention(q, k[:, keys], v[:, keys], seen))
         out, lse = state.result()
         assert torch.allclose(out, whole, atol=1e-12)
         assert torch.allclose(lse, whole_lse, atol=1e-12)
 
     def test_rows_that_see_nothing_stay_empty_and_merge(self):
-        state = RingAttentionState(1, 2, 1, 4)
+        state = RingAttentionState()
         empty = torch.full((1, 1, 2), -torch.inf)
-        state.update(torch.zeros(1, 2, 1, 4), empty)
+        for _ in range(2):
+            state.update(torch.full((1, 2, 1, 4), torch.nan), empty)
         out, lse = state.result()
         assert (out == 0).all()
         assert torch.isneginf(lse).all()
@@ -199,7 +202,25 @@ class TestState:
         assert torch.equal(out[0, :, 0, 0], torch.tensor([1.0, 0.0]))
         assert lse[0, 0, 0] == 0.5
 
-    def test_half_precision_is_kept_in_float32(self):
-        state = RingAttentionState(1, 1, 1, 2, dtype=torch.bfloat16)
-        assert state.out.dtype == state.lse.dtype == torch.float32
-        assert state.result()[0].dtype == torch.bfloat16
+    def test_half_precision_is_merged_in_float32_and_the_inputs_are_left_alone(self):
+        out, lse = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16), torch.zeros(1, 1, 1)
+        state = RingAttentionState()
+        for step in range(300):  # in bfloat16, 1/300 of a step would be lost
+            state.update(out * (step % 2), lse)
+        found, total = state.result()
+        assert found.dtype == torch.bfloat16
+        assert total.dtype == torch.float32
+        assert (found == 0.5).all()
+        assert abs(float(total) - math.log(300)) < 1e-5
+        assert (out == 1).all()
+        assert (lse == 0).all()
+
+    def test_shapes_that_do_not_fit_are_named(self):
+        state = RingAttentionState()
+        with pytest.raises(InputError, match="no update yet"):
+            state.result()
+        with pytest.raises(InputError, match=r"out \(1, 2, 3, 4\) and lse \(1, 2, 3\): expected"):
+            state.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3))
+        state.update(torch.ones(1, 2, 3, 4), torch.ones(1, 3, 2))
+        with pytest.raises(InputError, match="one state holds one set of queries"):
+            state.update(torch.ones(1, 5, 3, 4), torch.ones(1, 3, 5))
