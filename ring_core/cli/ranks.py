@@ -126,7 +126,9 @@ def _work(folder: str, device_type: str, threads: int) -> Any:
             "message": str(error),
             "traceback": traceback.format_exc(),
         }
-        Path(folder, f"error-{rank}.json").write_text(json.dumps(record))
+        unfinished = Path(folder, f"unfinished-{rank}.json")
+        unfinished.write_text(json.dumps(record))  # this process may be ended while it writes
+        unfinished.rename(Path(folder, f"error-{rank}.json"))
         sys.stderr.flush()
         os._exit(1)  # a group that has lost a peer aborts, loudly, when it is taken down in order
 
