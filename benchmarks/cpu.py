@@ -91,7 +91,7 @@ def time_table(tokens: int, repeats: int) -> list[str]:
     pool.close()
     ratio = statistics.median(ring) / statistics.median(dense)
     return [
-        f"## Time: {tokens} tokens, {HEADS} heads of {HEAD_DIM}, float32, causal, forward and backward",
+        f"## Time: {tokens} tokens, {HEADS} heads of {HEAD_DIM}, float32, causal, with backward",
         "",
         f"Median (and range) of {repeats} runs of each, taking turns.",
         "",

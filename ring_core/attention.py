@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ring_core import engine, groups
 from ring_core.agreement import Agreement, Signature
+from ring_core.choice import choose
 from ring_core.config import RingAttentionConfig
 from ring_core.engine import Program, Settings
 from ring_core.errors import (
@@ -295,17 +296,14 @@ class _Runtime:
             KernelError: none can; says why each one refuses.
         """
         if problem not in self._kernels:
-            named = [k for k in self.kernels if self.config.kernel in ("auto", k.name)]
-            refusals = {kernel.name: kernel.refuse(problem) for kernel in named}
-            able = [kernel for kernel in named if refusals[kernel.name] is None]
-            if not able:
-                reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+            choice = choose(self.kernels, lambda kernel: kernel.refuse(problem), self.config.kernel)
+            if choice.taken is None:
                 raise KernelError(
                     f"no kernel for {problem.dtype} on {problem.device} with head sizes "
                     f"{problem.head_dim} and {problem.value_dim}: "
-                    f"{reasons or 'none installed (ring-attention-standard brings some)'}"
+                    f"{choice.reasons or 'none installed (ring-attention-standard brings some)'}"
                 )
-            best = max(able, key=lambda kernel: kernel.priority)
+            best = choice.taken
             logger.info("kernel %r for %s", best.name, problem)
             for observer in self.observers:
                 best = observer.kernel(best)
@@ -322,20 +320,18 @@ class _Runtime:
             return None
         made = self._communicators.setdefault(plan.group, {})
         if device.type not in made:
-            classes = [
-                c for c in self.communicator_classes if self.config.communicator in ("auto", c.name)
-            ]
-            refusals = {c.name: c.refuse(plan.group, device) for c in classes}
-            able = [c for c in classes if refusals[c.name] is None]
-            if not able:
-                reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+            choice = choose(
+                self.communicator_classes,
+                lambda kind: kind.refuse(plan.group, device),
+                self.config.communicator,
+            )
+            if choice.taken is None:
                 raise CommunicatorError(
                     f"no communicator for {device.type} tensors in this group of {plan.world} "
-                    f"ranks: {reasons or 'none installed'}"
+                    f"ranks: {choice.reasons or 'none installed'}"
                 )
-            best = max(able, key=lambda c: c.priority)
-            communicator = best(plan.group, self.config.timeout)
-            logger.info("communicator %r for %s tensors", best.name, device.type)
+            communicator = choice.taken(plan.group, self.config.timeout)
+            logger.info("communicator %r for %s tensors", choice.taken.name, device.type)
             for observer in self.observers:
                 communicator = observer.communicator(communicator)
             made[device.type] = communicator

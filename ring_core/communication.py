@@ -43,7 +43,7 @@ class BufferPool:
         self._free: dict[_Key, list[Tensor]] = {}
 
     def take(self, numel: int, like: Tensor) -> Tensor:
-        """A flat uninitialised tensor of ``numel`` elements, of the dtype and device of ``like``."""
+        """A flat uninitialised tensor of ``numel`` elements, dtype and device as ``like``'s."""
         free = self._free.setdefault(
             _key(like.device, like.dtype, torch.is_inference_mode_enabled()), []
         )

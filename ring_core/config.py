@@ -30,7 +30,7 @@ class RingAttentionConfig(BaseModel):
     """Name of the variant that this config is for; 'auto' leaves the choice to the registry."""
 
     causal: bool = False
-    """Query i sees key j only if j <= i; ends are aligned where there are more keys than queries."""
+    """Query i sees key j only if j <= i; in cross-attention the ends are aligned."""
 
     window: tuple[int | None, int | None] | None = None
     """(left, right): query i sees keys from i-left to i+right; None leaves that side open."""

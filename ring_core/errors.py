@@ -68,6 +68,18 @@ class RingTimeoutError(RingError, TimeoutError):
     """A peer did not deliver within ``timeout`` seconds; the group cannot be used any more."""
 
 
+class RankFailedError(RingError):
+    """A process started by this library raised or died; its own traceback is the cause."""
+
+
+class DemoError(RingError):
+    """The demo cannot run here, or cannot write its report."""
+
+
+class DocumentError(RingError, ValueError):
+    """A document cannot be read or is too short."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the option closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(options), n=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -18,8 +19,8 @@ class Mask(ABC):
     """
 
     @abstractmethod
-    def visible(self, nq: int, nk: int, device: object = None) -> Tensor:
-        """The definition: bool [nq, nk], True where row x sees row y."""
+    def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
+        """The definition, for some query rows: bool [len(rows), nk], True where x sees y."""
 
     @abstractmethod
     def count(self, nq: int, nk: int) -> int:
@@ -37,10 +38,11 @@ class Band(Mask):
     lo: int | None = None
     hi: int | None = None
 
-    def visible(self, nq: int, nk: int, device: object = None) -> Tensor:
+    def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
         import torch
 
-        offset = torch.arange(nk, device=device) - torch.arange(nq, device=device)[:, None]  # type: ignore[call-overload]
+        x = torch.arange(rows.start, rows.stop, rows.step, device=device)
+        offset = torch.arange(nk, device=device) - x[:, None]
         seen = torch.ones_like(offset, dtype=torch.bool)
         if self.lo is not None:
             seen &= offset >= self.lo

@@ -165,6 +165,14 @@ class Plan(ABC):
             for part in step.give
         )
 
+    def elements_fetched(self, rank: int, kv_heads: int) -> int:
+        """(Row, KV head) pairs that ``rank`` gets in one forward; their gradients go back."""
+        return sum(
+            len(part.rows) * part.heads.count(kv_heads)
+            for step in self.steps(rank)
+            for part in step.parts
+        )
+
 
 @lru_cache(maxsize=1024)
 def _expand(plan: Plan, rank: int) -> tuple[Step, ...]:

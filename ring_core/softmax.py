@@ -52,7 +52,7 @@ class RingAttentionState:
         """Merge attention of these queries over further keys, none of which was merged before.
 
         Args:
-            out: [B, S, H, Dv]. lse: [B, H, S], natural log; -inf where a query saw none of the keys.
+            out: [B, S, H, Dv]. lse: [B, H, S], natural log; -inf where a query saw no key.
 
         Raises:
             InputError: the shapes do not fit each other or the first update's.

@@ -67,8 +67,9 @@ class BlockColumns(Plan):
 class Checkerboard(Mask):
     """A mask of a third party: row x sees row y if their sum is even."""
 
-    def visible(self, nq: int, nk: int, device: object = None) -> Tensor:
-        return (torch.arange(nq, device=device)[:, None] + torch.arange(nk, device=device)) % 2 == 0
+    def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
+        x = torch.arange(rows.start, rows.stop, device=device)
+        return (x[:, None] + torch.arange(nk, device=device)) % 2 == 0
 
     def count(self, nq: int, nk: int) -> int:
         return (nq * nk + (nq % 2) * (nk % 2)) // 2

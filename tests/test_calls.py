@@ -155,7 +155,7 @@ def test_dropout_is_off_in_eval_and_repeats_under_checkpointing() -> None:
 def test_twice_differentiating_is_refused() -> None:
     q = _q(1, 4, 1, 4).requires_grad_()
     out = registry.create("standard")(q, q, q)
-    with pytest.raises(DifferentiationError, match="differentiable once: .* without create_graph"):
+    with pytest.raises(DifferentiationError, match=r"differentiable once: .* without create_graph"):
         torch.autograd.grad(out.sum(), q, create_graph=True)
 
 

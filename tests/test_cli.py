@@ -14,8 +14,8 @@ import pytest
 
 from ring_core.cli import checks, listing, main
 from ring_core.cli.findings import ok
-from ring_core.cli.ranks import RankFailedError, Worker, launch
-from ring_core.errors import InputError
+from ring_core.errors import InputError, RankFailedError
+from ring_core.launching import Worker, launch
 from ring_core.registry import registry
 
 
@@ -149,7 +149,7 @@ def test_doctor_passes_on_what_a_rank_raised(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ring_core.cli.ranks.launch", lambda *args, **options: launch(_raise, processes=2)
+        "ring_core.launching.launch", lambda *args, **options: launch(_raise, processes=2)
     )
     findings = list(checks._smoke("cpu", "gloo", "float64", 1e-10))
     assert [finding.status for finding in findings] == ["problem"]

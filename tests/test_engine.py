@@ -29,16 +29,8 @@ def run_planner(worker: Worker, planner: str, case: Case) -> Result | None:
     if sent is not None:
         elements = plan.plan.elements_sent(plan.rank, case.kv_heads)
         forward = elements * case.batch * (case.head_dim + case.value_dim) * 8
-        returned = (
-            sum(
-                len(part.rows) * part.heads.count(case.kv_heads)
-                for step in plan.plan.steps(plan.rank)
-                for part in step.parts
-            )
-            * case.batch
-            * (case.head_dim + case.value_dim)
-            * 8
-        )
+        fetched = plan.plan.elements_fetched(plan.rank, case.kv_heads)
+        returned = fetched * case.batch * (case.head_dim + case.value_dim) * 8
         assert sent.counters.bytes_sent == 2 * forward + returned
     whole = Result(
         plan.unshard(out.detach()),

@@ -77,7 +77,7 @@ def _computed(plan, sequences):
                 i, j = own[tile.q.indices()], theirs[tile.kv.indices()]
                 assert (i >= 0).all()
                 assert (j >= 0).all()
-                seen = tile.mask.visible(tile.q.count, tile.kv.count)
+                seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
                 assert int(seen.sum()) == tile.pairs
                 assert seen.any(0).all(), "a key that nobody sees stands in the tile"
                 assert seen.any(1).all(), "a query that sees nothing stands in the tile"
@@ -191,7 +191,7 @@ def test_a_window_fetches_only_its_halo():
 )
 def test_trim_and_count_agree_with_the_definition(nq, nk, lo, hi):
     band = Band(lo, hi)
-    seen = band.visible(nq, nk)
+    seen = band.visible(range(nq), nk)
     assert band.count(nq, nk) == int(seen.sum())
     trimmed = trim(nq, nk, band)
     if trimmed is None:
@@ -200,5 +200,7 @@ def test_trim_and_count_agree_with_the_definition(nq, nk, lo, hi):
     q, k, inner = trimmed
     assert torch.equal(seen.any(1).nonzero().flatten(), torch.arange(q.start, q.stop))
     assert torch.equal(seen.any(0).nonzero().flatten(), torch.arange(k.start, k.stop))
-    assert torch.equal(inner.visible(len(q), len(k)), seen[q.start : q.stop, k.start : k.stop])
+    assert torch.equal(
+        inner.visible(range(len(q)), len(k)), seen[q.start : q.stop, k.start : k.stop]
+    )
     assert trim(len(q), len(k), inner) == (range(len(q)), range(len(k)), inner)

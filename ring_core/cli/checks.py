@@ -13,6 +13,7 @@ from importlib_metadata import requires
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from ring_core.choice import choose
 from ring_core.cli.findings import Finding, ok, problem, warning
 from ring_core.config import RingAttentionConfig
 from ring_core.discovery import VARIANTS, PluginRow
@@ -191,16 +192,14 @@ def _kernel(device: torch.device, dtype: str) -> Finding:
     asked = Problem(
         device, getattr(torch, dtype), _HEAD_DIM, _HEAD_DIM, frozenset({Band}), False, False
     )
-    kernels = sorted(
-        registry.kernels(RingAttentionConfig()), key=lambda kernel: kernel.priority, reverse=True
-    )
-    refusals = {kernel.name: kernel.refuse(asked) for kernel in kernels}
+    choice = choose(registry.kernels(RingAttentionConfig()), lambda one: one.refuse(asked))
     topic = f"kernel, {dtype} on {device.type}"
-    taken = next((name for name, refusal in refusals.items() if refusal is None), None)
-    if taken is None:
-        reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items()) or "none installed"
-        return problem(topic, reasons, "pip install ring-attention-standard")
-    text = _choice(taken, refusals)
+    if choice.taken is None:
+        return problem(
+            topic, choice.reasons or "none installed", "pip install ring-attention-standard"
+        )
+    taken = choice.taken.name
+    text = _choice(taken, choice.refusals)
     if taken == _SLOW_KERNEL and dtype in ("bfloat16", "float16"):
         return warning(topic, text, "works, slowly: the reasons say what the fast kernels miss")
     return ok(topic, text)
@@ -226,8 +225,8 @@ def _smoke_runs() -> Iterator[Finding]:
 
 
 def _smoke(device_type: str, backend: str, dtype: str, allowed: float) -> Iterator[Finding]:
-    from ring_core.cli.ranks import launch
     from ring_core.cli.smoke import LENGTH, smoke
+    from ring_core.launching import launch
 
     topic = f"2 processes over {backend}"
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ring_core.cli.output import console, print_json, table
-from ring_core.errors import RingError
+from ring_core.errors import DemoError
 
 if TYPE_CHECKING:
     from ring_core.demo.comparison import Comparison
@@ -22,10 +22,6 @@ SUMMARY = "train a small language model on one long document, sharded and not, a
 
 _ROWS = 12
 _MB = 1e6
-
-
-class DemoError(RingError):
-    """The demo cannot run here, or cannot write its report."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ring_core import reference
-from ring_core.cli.ranks import Worker
+from ring_core.choice import choose
 from ring_core.config import RingAttentionConfig
 from ring_core.groups import resolve
+from ring_core.launching import Worker
 from ring_core.registry import registry
 
 LENGTH = 509
@@ -33,7 +34,7 @@ class SmokeResult:
 
 
 def smoke(worker: Worker, dtype: str) -> SmokeResult:
-    """Attend forward and backward, sharded. A task for :func:`ring_core.cli.ranks.launch`."""
+    """Attend forward and backward, sharded. A task for :func:`ring_core.launching.launch`."""
     inputs, dout = _inputs(getattr(torch, dtype), worker.device)
     attention = registry.create("standard", causal=True)
     plan = attention.plan(LENGTH)
@@ -74,5 +75,4 @@ def _gradients(leaves: list[Tensor]) -> list[Tensor]:
 def _communicators(device: torch.device) -> dict[str, str | None]:
     classes = registry.communicators(RingAttentionConfig())
     group = resolve(None)
-    ranked = sorted(classes, key=lambda one: one.priority, reverse=True)
-    return {one.name: one.refuse(group, device) for one in ranked}
+    return choose(classes, lambda kind: kind.refuse(group, device)).refusals

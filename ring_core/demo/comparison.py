@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from ring_core import registry
-from ring_core.cli.ranks import launch
 from ring_core.demo.document import Document
 from ring_core.demo.model import LanguageModel, ModelSize
 from ring_core.demo.training import Job, RankResult, train
+from ring_core.launching import launch
 
 TOLERANCE = 1e-4
 """How far the losses of a step may be apart. Sums in another order make some 1e-6."""

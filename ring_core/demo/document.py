@@ -7,14 +7,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from ring_core.errors import RingError
+from ring_core.errors import DocumentError
 
 SHORTEST = 64
 """Bytes under which there is nothing to learn."""
-
-
-class DocumentError(RingError, ValueError):
-    """The document cannot be read or is too short."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from ring_core import registry
 from ring_core.attention import BaseRingAttention
-from ring_core.cli.ranks import Worker
 from ring_core.demo.memory import PeakMemory
 from ring_core.demo.model import LanguageModel, ModelSize, Rotary
 from ring_core.demo.progress import progress
+from ring_core.launching import Worker
 from ring_core.rank_plan import RankPlan
 
 _NO_LABEL = -100
@@ -67,7 +67,7 @@ class RankResult:
 
 
 def train(worker: Worker, job: Job, title: str) -> RankResult:
-    """Train on this rank's rows of each window. A task for :func:`ring_core.cli.ranks.launch`."""
+    """Train on this rank's rows of each window. A task for :func:`ring_core.launching.launch`."""
     attention = registry.create(job.variant, causal=True)
     warm_up(worker, job, attention)
     plan = attention.plan(job.context)
@@ -149,10 +149,6 @@ def planned_bytes(plan: RankPlan, size: ModelSize) -> int:
     Keys and values go out once in the forward and once more in the backward; in the backward also
     gradients go home for every row that was fetched.
     """
-    fetched = sum(
-        len(part.rows) * part.heads.count(size.heads)
-        for step in plan.plan.steps(plan.rank)
-        for part in step.parts
-    )
+    fetched = plan.plan.elements_fetched(plan.rank, size.heads)
     sent = plan.plan.elements_sent(plan.rank, size.heads)
     return (2 * sent + fetched) * 2 * size.head_dim * torch.float32.itemsize

@@ -101,7 +101,7 @@ def _native(q: Tensor, k: Tensor, band: Band) -> tuple[bool, bool, Tensor | None
 @lru_cache(maxsize=16)
 def _bias(nq: int, nk: int, band: Band, dtype: torch.dtype) -> Tensor:
     """0 where visible, -inf elsewhere: [1, 1, nq, nk]. All blocks of one window share it."""
-    bias = torch.zeros(nq, nk, dtype=dtype).masked_fill_(~band.visible(nq, nk), -torch.inf)
+    bias = torch.zeros(nq, nk, dtype=dtype).masked_fill_(~band.visible(range(nq), nk), -torch.inf)
     return bias[None, None]
 
 

@@ -25,7 +25,7 @@ _LEAST = 64
 
 
 class Cudnn:
-    """Rectangles and causal triangles go to cuDNN; small tiles and windows' edges to flash attention.
+    """Rectangles and causal triangles go to cuDNN; small tiles and windows' edges to CudaFlash.
 
     Both give out and lse of the same meaning, so their tiles merge.
     """

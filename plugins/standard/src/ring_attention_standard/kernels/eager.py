@@ -37,9 +37,9 @@ class Eager:
         out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=wide)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
         k, v = k.to(wide), v.to(wide)
-        seen = mask.visible(q.shape[1], k.shape[1], q.device)
         for rows in _blocks(q, k):
-            scores = _scores(q[:, rows].to(wide), k, scale).masked_fill(~seen[rows], -torch.inf)
+            seen = mask.visible(_range(rows, q), k.shape[1], q.device)
+            scores = _scores(q[:, rows].to(wide), k, scale).masked_fill(~seen, -torch.inf)
             total = torch.logsumexp(scores, dim=-1)
             weights = _weights(scores, total) * _kept(dropout, rows, kv_heads, wide)
             out[:, rows] = torch.einsum("bkgij,bjkd->bikgd", weights, v).flatten(2, 3)
@@ -64,11 +64,11 @@ class Eager:
         k, v = k.to(wide), v.to(wide)
         dq = torch.zeros(q.shape, dtype=wide, device=q.device)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        seen = mask.visible(q.shape[1], k.shape[1], q.device)
         for rows in _blocks(q, k):
+            seen = mask.visible(_range(rows, q), k.shape[1], q.device)
             q_rows = q[:, rows].to(wide)
             dout_rows = grouped(dout[:, rows].to(wide), kv_heads)
-            scores = _scores(q_rows, k, scale).masked_fill(~seen[rows], -torch.inf)
+            scores = _scores(q_rows, k, scale).masked_fill(~seen, -torch.inf)
             weights = _weights(scores, lse[:, :, rows].unflatten(1, (kv_heads, -1)))
             kept = _kept(dropout, rows, kv_heads, wide)
             dv += torch.einsum("bkgij,bikgd->bjkd", weights * kept, dout_rows)
@@ -84,6 +84,10 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
     rows = max(1, _SCORES // (q.shape[0] * q.shape[2] * k.shape[1]))
     for start in range(0, q.shape[1], rows):
         yield slice(start, start + rows)
+
+
+def _range(rows: slice, q: Tensor) -> range:
+    return range(*rows.indices(q.shape[1]))
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

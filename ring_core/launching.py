@@ -29,17 +29,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ring_core.errors import RingError
+from ring_core.errors import RankFailedError
 
 Task = Callable[..., Any]
 
 _SECONDS_TO_STOP = 5
 _TASK = "task.pickle"
 _LAUNCHER_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
-
-
-class RankFailedError(RingError):
-    """A rank raised or died; its own traceback is the cause."""
 
 
 @dataclass(frozen=True)
