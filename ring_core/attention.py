@@ -76,7 +76,7 @@ class BaseRingAttention(nn.Module):
         self._group = None if group is None else groups.resolve(group)
         self._registry = registry or default_registry
         self._runtime: _Runtime | None = None
-        self.runtime.check_names()
+        self.runtime.check_parts()
 
     # What a variant brings
 
@@ -244,8 +244,8 @@ class _Runtime:
         self._programs: OrderedDict[tuple[int, str], tuple[RankPlan, Program]] = OrderedDict()
         self._signatures: OrderedDict[tuple[Any, ...], tuple[RankPlan, Signature]] = OrderedDict()
 
-    def check_names(self) -> None:
-        """Refuse a kernel or communicator that nothing installed brings."""
+    def check_parts(self) -> None:
+        """Refuse parts that nothing brings, and dropout with a kernel that has none."""
         for field, given, known in (
             ("kernel", self.config.kernel, [kernel.name for kernel in self.kernels]),
             ("communicator", self.config.communicator, [c.name for c in self.communicator_classes]),
@@ -255,6 +255,12 @@ class _Runtime:
                     f"{field}: no installed plugin brings {given!r}.{did_you_mean(given, known)} "
                     f"Allowed: auto, {', '.join(known)}"
                 )
+        able = [kernel.name for kernel in self.kernels if kernel.supports_dropout]
+        if self.config.dropout and self.config.kernel not in ("auto", *able):
+            raise ConfigError(
+                f"dropout={self.config.dropout}: kernel {self.config.kernel!r} cannot repeat its "
+                f"dropout mask in the backward and on other tiles; allowed: auto, {', '.join(able)}"
+            )
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, training: bool) -> _Call:
         """Everything one call needs; the first of its kind is compared with the other ranks'."""

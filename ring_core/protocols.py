@@ -39,6 +39,8 @@ class AttentionKernel(Protocol):
     name: str
     priority: int
     """Among the kernels that do not refuse, ``auto`` takes the one with the highest."""
+    supports_dropout: bool
+    """Whether it drops weights by :class:`~ring_core.dropout.Dropout`, in both directions."""
 
     def refuse(self, problem: Problem) -> str | None:
         """Why this kernel cannot solve ``problem``, or None if it can."""

@@ -16,7 +16,7 @@ from ring_attention_standard.kernels.eager import Eager
 
 from ring_core import reference, registry
 from ring_core.dropout import Dropout
-from ring_core.errors import InputError, KernelError
+from ring_core.errors import ConfigError, InputError, KernelError
 from ring_core.masks import CAUSAL, FULL, Band, trim
 from ring_core.plan import Rows, Tile
 from ring_core.softmax import RingAttentionState
@@ -146,12 +146,15 @@ def _slice(rows: Rows) -> slice:
 
 
 def test_no_kernel_says_why():
-    attention = registry.create("standard", kernel="cpu_flash", dropout=0.5)
+    attention = registry.create("standard", kernel="flash")
     q = torch.randn(1, 4, 1, 8)
-    with pytest.raises(KernelError, match=r"cpu_flash: cannot repeat a dropout mask"):
+    with pytest.raises(KernelError, match=r"no kernel for torch.float32 on cpu.*flash: CUDA only"):
         attention(q, q, q)
-    attention.eval()
-    attention(q, q, q)
+
+
+def test_dropout_with_a_kernel_that_cannot_repeat_it_is_refused_at_create():
+    with pytest.raises(ConfigError, match=r"kernel 'cpu_flash' cannot repeat.*auto, reference"):
+        registry.create("standard", kernel="cpu_flash", dropout=0.5)
 
 
 def test_dropout_drops_by_global_index_and_keeps_the_mean():

@@ -379,6 +379,7 @@ class TestBrokenPlugins:
                 def kernel(self, kernel):
                     class Wrapped:
                         name, priority = kernel.name, kernel.priority
+                        supports_dropout = kernel.supports_dropout
                         lower, backward = kernel.lower, kernel.backward
                         def forward(self, *args, **options):
                             calls.append(1)

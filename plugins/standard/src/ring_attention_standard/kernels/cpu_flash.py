@@ -32,6 +32,7 @@ class CpuFlash:
 
     name = "cpu_flash"
     priority = 10
+    supports_dropout = False
 
     def refuse(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":

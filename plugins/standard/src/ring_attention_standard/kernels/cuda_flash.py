@@ -26,6 +26,7 @@ class CudaFlash:
 
     name = "flash"
     priority = 10
+    supports_dropout = False
 
     def refuse(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":

@@ -32,6 +32,7 @@ class Cudnn:
 
     name = "cudnn"
     priority = 20
+    supports_dropout = False
 
     def refuse(self, problem: Problem) -> str | None:
         if reason := _flash.refuse(problem):

@@ -23,6 +23,7 @@ class Eager:
 
     name = "reference"
     priority = -10
+    supports_dropout = True
 
     def refuse(self, problem: Problem) -> str | None:
         return None
