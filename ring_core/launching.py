@@ -17,7 +17,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,10 @@ def launch(task: Task, *args: Any, processes: int, device_type: str = "cpu") -> 
             max_restarts=0,
             monitor_interval=0.05,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle="SIGTERM",  # Ctrl-C stays Python's
-            shutdown_timeout=_SECONDS_TO_STOP,
+            **_where_known(
+                signals_to_handle="SIGTERM",  # Ctrl-C stays Python's
+                shutdown_timeout=_SECONDS_TO_STOP,
+            ),
         )
         try:
             with _silent_launcher(), _own_signal_handlers(), _ctrl_c_here_alone():
@@ -90,6 +92,12 @@ def launch(task: Task, *args: Any, processes: int, device_type: str = "cpu") -> 
         except (RendezvousError, RuntimeError, OSError) as error:
             raise RankFailedError(f"could not start {processes} processes: {error}") from error
     return [answers[rank] for rank in range(processes)]
+
+
+def _where_known(**options: Any) -> dict[str, Any]:
+    """Those of ``options`` that this torch's launcher has; the others came later."""
+    known = {field.name for field in fields(LaunchConfig)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _work(folder: str, device_type: str, threads: int) -> Any:

@@ -14,8 +14,8 @@ from ring_core.protocols import Problem
 from ring_core.rows import grouped
 from ring_core.softmax import accumulation_dtype
 
-_SCORES = 1 << 24
-"""Scores held at once: 64 MiB in float32."""
+_SCORES = 1 << 22
+"""Scores held at once: 16 MiB in float32, and a few tensors of that size beside them."""
 
 
 class Eager:
