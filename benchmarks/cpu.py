@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=16384, help="sequence length of the timing")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-tokens", type=int, default=65536)
+    parser.add_argument("--memory-tokens", type=int, default=32768)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--output", type=Path, help="folder for a dated page")
     options = parser.parse_args()
