@@ -1,24 +1,28 @@
 """Ranks compare what they are about to compute, once per kind of call, and fail alike.
 
 Comparison goes through the group's store: no collective that a missing rank could block, nothing
-unpickled, and a rank that never comes is known by name.
+unpickled, and a rank that never comes is known by name. Calls are numbered: ranks that make the
+same calls count alike, so a comparison, a refusal and a failure each belong to one call.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from ring_core import errors
-from ring_core.errors import DisagreementError, RingError
+from ring_core.errors import DisagreementError, RingError, RingTimeoutError
 from ring_core.groups import rank_and_world, store_of
 
 _REMEMBERED = 65536
 _COMPLETE = "complete"
+_SECONDS_TO_EXPLAIN = 1.0
 
 
 class Signature:
@@ -30,17 +34,33 @@ class Signature:
 
 
 class Agreement:
-    """One per process group; its checks are numbered alike on every rank."""
+    """One per process group. Every call takes a number; the first of its kind is compared."""
 
     def __init__(self, group: Any) -> None:
         self._store = store_of(group)
         self._rank, self._world = rank_and_world(group)
-        self._checks = 0
+        self._calls = 0
+        self._dead: str | None = None
         # Ranks add to it in lock-step, so the oldest one to go is the same everywhere.
         self._agreed: OrderedDict[str, None] = OrderedDict()
+        # A store may outlive the group, as a launcher's does; its next group reads other keys.
+        generation = self._store.add(f"ring_attention/generation/{self._rank}", 1)
+        self._prefix = f"ring_attention/{generation}"
+        self._last_check: int | None = None
 
-    def check(self, signature: Signature, timeout: float) -> None:
-        """Return when every rank came with an equal ``signature``; known ones return at once.
+    def next_call(self) -> int:
+        """The number of the call that begins.
+
+        Raises:
+            RingError: the group failed in an earlier call; that call's error.
+        """
+        if self._dead is not None:
+            raise _decode(self._dead)
+        self._calls += 1
+        return self._calls
+
+    def check(self, call: int, signature: Signature, timeout: float) -> None:
+        """Return when every rank came to ``call`` with an equal signature; known ones at once.
 
         Raises:
             DisagreementError: some rank's differs, refused its input, or did not come within
@@ -48,55 +68,114 @@ class Agreement:
         """
         if signature.digest in self._agreed:
             return
-        number, self._checks = self._checks, self._checks + 1
-        self._post(number, {"digest": signature.digest, "fields": signature.fields})
-        keys = [_key(number, rank) for rank in range(self._world)]
+        self._raise_if_dead(0)
+        self._post(call, signature)
+        keys = [self._key(call, rank) for rank in range(self._world)]
         missing: list[int] = []
         try:
             self._store.wait(keys, timedelta(seconds=timeout))
         except RuntimeError:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        if missing:  # perhaps because they gave up in an earlier call, and are just saying so
+            self._raise_if_dead(_SECONDS_TO_EXPLAIN)
         # The first verdict to be written holds for all, so nobody goes on while another gives up.
+        verdict = _COMPLETE
         if missing:
-            late = DisagreementError(
-                f"{_ranks(missing)} did not reach, within {timeout:g} s, the call that the other "
-                f"ranks of the group made: {_summary(signature)}. Every rank of the group must "
-                "make the same calls in the same order."
+            verdict = _encode(
+                DisagreementError(
+                    f"{_ranks(missing)} did not reach, within {timeout:g} s, the call that the "
+                    f"other ranks of the group made: {_summary(signature)}. Every rank of the "
+                    "group must make the same calls in the same order."
+                )
             )
-            verdict = self._decide(number, _encode(late))
-        else:
-            verdict = self._decide(number, _COMPLETE)
+        verdict = self._decide(self._key(call, "verdict"), verdict)
         if verdict != _COMPLETE:
             raise _decode(verdict)
-        posts = [json.loads(self._store.get(key)) for key in keys]
-        self._forget(number - 1)
+        posts = {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys)}
+        self._forget(call)
         if message := _difference(posts):
             raise DisagreementError(message)
         self._agreed[signature.digest] = None
         if len(self._agreed) > _REMEMBERED:
             self._agreed.popitem(last=False)
 
-    def refuse(self, message: str) -> None:
-        """Tell the ranks that wait at the next check why this one will not come; does not wait."""
-        number, self._checks = self._checks, self._checks + 1
-        self._post(number, {"refused": message})
+    def refuse(self, call: int, message: str) -> None:
+        """Tell the ranks of ``call`` why this one will not come; does not wait.
 
-    def fail(self, error: RingError) -> RingError:
-        """Agree on why the group failed in mid-call: the first error that any rank came with."""
-        return _decode(self._decide(self._checks, _encode(error)))
+        From here on this rank compares every call again: a peer that is already computing must not
+        meet a later call of this one.
+        """
+        self._agreed.clear()
+        self._store.set(self._key(call, self._rank), json.dumps({"refused": message}))
 
-    def _decide(self, number: int, verdict: str) -> str:
-        return str(self._store.compare_set(_key(number, "verdict"), "", verdict).decode())
+    def explain(self, call: int, signature: Signature, error: Exception) -> RingError | None:
+        """What to raise on this rank when ``error`` came in mid-call; None: the error itself.
 
-    def _post(self, number: int, content: Mapping[str, Any]) -> None:
-        self._store.set(_key(number, self._rank), json.dumps(content))
+        A late peer becomes the one error that every rank of the group raises, and ends the group:
+        the call's verdict or refusal, another rank's own failure in this call, ranks that turn out
+        to compute different things, or else the first timeout that any rank had.
+        """
+        if not isinstance(error, RingTimeoutError):
+            told = RingTimeoutError(
+                f"rank {self._rank} failed in the middle of a call with {type(error).__name__}: "
+                f"{error}"
+            )
+            self._decide(self._key(call, "failed"), _encode(told))
+            return None
+        agreed = self._why(call, signature) or _encode(error)
+        self._dead = self._decide(f"{self._prefix}/dead", agreed)
+        return _decode(self._dead)
 
-    def _forget(self, number: int) -> None:
-        """Delete this rank's entries of a check that every rank has left behind."""
-        if number >= 0:
-            self._store.delete_key(_key(number, self._rank))
+    def _raise_if_dead(self, seconds: float) -> None:
+        """Raise what the group failed with, if it did or does so within ``seconds``."""
+        key = f"{self._prefix}/dead"
+        if seconds and not self._store.check([key]):
+            with suppress(RuntimeError):
+                self._store.wait([key], timedelta(seconds=seconds))
+        if self._store.check([key]):
+            self._dead = str(self._store.get(key).decode())
+            raise _decode(self._dead)
+
+    def _why(self, call: int, signature: Signature) -> str | None:
+        for what in ("verdict", "failed"):
+            key = self._key(call, what)
+            if self._store.check([key]):
+                verdict = str(self._store.get(key).decode())
+                if verdict != _COMPLETE:
+                    return verdict
+        if self._store.check([f"{self._prefix}/dead"]):
+            return None
+        self._post(call, signature)
+        keys = {rank: self._key(call, rank) for rank in range(self._world)}
+        try:
+            self._store.wait(list(keys.values()), timedelta(seconds=_SECONDS_TO_EXPLAIN))
+        except RuntimeError:
+            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        message = _difference({r: json.loads(self._store.get(key)) for r, key in keys.items()})
+        return _encode(DisagreementError(message)) if message else None
+
+    def _post(self, call: int, signature: Signature) -> None:
+        content = {"digest": signature.digest, "fields": signature.fields}
+        self._store.set(self._key(call, self._rank), json.dumps(content))
+
+    def _decide(self, key: str, verdict: str) -> str:
+        return str(self._store.compare_set(key, "", verdict).decode())
+
+    def _forget(self, call: int) -> None:
+        """Delete this rank's entries of the check before, which every rank has left behind."""
+        if self._last_check is not None:
+            self._store.delete_key(self._key(self._last_check, self._rank))
             if self._rank == 0:
-                self._store.delete_key(_key(number, "verdict"))
+                self._store.delete_key(self._key(self._last_check, "verdict"))
+        self._last_check = call
+
+    def _key(self, call: int, what: int | str) -> str:
+        return f"{self._prefix}/{call}/{what}"
+
+
+def tag(call: int, direction: str, signature: Signature) -> int:
+    """A message tag by which transfers of different calls never meet, nor a user's own (tag 0)."""
+    return zlib.crc32(f"{call}/{direction}/{signature.digest}".encode()) & 0x3FFFFFFF | 0x40000000
 
 
 def _encode(error: RingError) -> str:
@@ -109,25 +188,21 @@ def _decode(verdict: str) -> RingError:
     return error
 
 
-def _key(number: int, what: int | str) -> str:
-    return f"ring_attention/{number}/{what}"
-
-
-def _difference(posts: Sequence[Mapping[str, Any]]) -> str | None:
+def _difference(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
     refused = [
         f"rank {rank} refused its input: {post['refused']}"
-        for rank, post in enumerate(posts)
+        for rank, post in posts.items()
         if "refused" in post
     ]
     if refused:
         return "; ".join(refused)
-    if len({post["digest"] for post in posts}) == 1:
+    if len({post["digest"] for post in posts.values()}) <= 1:
         return None
-    names = sorted({name for post in posts for name in post["fields"]})
+    names = sorted({name for post in posts.values() for name in post["fields"]})
     lines = []
     for name in names:
         ranks: dict[str, list[int]] = {}
-        for rank, post in enumerate(posts):
+        for rank, post in posts.items():
             ranks.setdefault(post["fields"].get(name, "nothing"), []).append(rank)
         if len(ranks) > 1:
             values = "; ".join(f"{value} on {_ranks(who)}" for value, who in ranks.items())

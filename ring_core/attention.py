@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ring_core import engine, groups
-from ring_core.agreement import Agreement, Signature
-from ring_core.choice import choose
+from ring_core import groups
+from ring_core.calls import Call, Ring
 from ring_core.config import RingAttentionConfig
-from ring_core.engine import Program, Settings
-from ring_core.errors import (
-    CommunicatorError,
-    ConfigError,
-    DifferentiationError,
-    InputError,
-    KernelError,
-    RingTimeoutError,
-    did_you_mean,
-)
+from ring_core.errors import ConfigError, InputError
 from ring_core.plan import Plan
-from ring_core.protocols import AttentionKernel, Communicator, Problem
+from ring_core.protocols import Communicator
 from ring_core.rank_plan import RankPlan
 from ring_core.registry import Registry
 from ring_core.registry import registry as default_registry
+from ring_core.runtime import Runtime, agreement_of
 from ring_core.sequences import Sequences
 
-logger = logging.getLogger("ring_core")
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PLANS = 32
 
-_agreements: WeakKeyDictionary[Any, Agreement] = WeakKeyDictionary()
+_NOT_PLANNED = (
+    "softmax_scale",
+    "dropout",
+    "kernel",
+    "communicator",
+    "overlap",
+    "deterministic",
+    "timeout",
+)
+"""Common fields on which no plan depends: layers that differ in them share a plan."""
 
 
 class BaseRingAttention(nn.Module):
@@ -62,7 +56,7 @@ class BaseRingAttention(nn.Module):
 
     def __init__(
         self,
-        config: RingAttentionConfig | None = None,
+        config: RingAttentionConfig | Mapping[str, Any] | None = None,
         *,
         group: Any = None,
         registry: Registry | None = None,
@@ -70,13 +64,25 @@ class BaseRingAttention(nn.Module):
     ) -> None:
         super().__init__()
         if fields or not isinstance(config, self.config_class):
-            given = config.given() if config is not None else {}
-            config = self.config_class(**{**given, **fields})
+            config = self.config_class(**{**self._given(config), **fields})
         self.config = config
         self._group = None if group is None else groups.resolve(group)
         self._registry = registry or default_registry
-        self._runtime: _Runtime | None = None
+        self._runtime: Runtime | None = None
         self.runtime.check_parts()
+
+    @classmethod
+    def _given(cls, config: RingAttentionConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+        """Explicit fields of a config that may be another schema's, for this class's own."""
+        given = config.given() if isinstance(config, RingAttentionConfig) else dict(config or {})
+        meant, own = given.get("variant", "auto"), cls.config_class.model_fields["variant"].default
+        if meant == "auto":
+            given.pop("variant", None)
+        elif meant != own and not isinstance(config, cls.config_class):
+            raise ConfigError(
+                f"variant: {cls.__name__} is {own!r}, and the config is for {meant!r}"
+            )
+        return given
 
     # What a variant brings
 
@@ -89,6 +95,7 @@ class BaseRingAttention(nn.Module):
 
     # What users call
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def plan(
         self,
         seq_len: int | None = None,
@@ -116,16 +123,16 @@ class BaseRingAttention(nn.Module):
             kv_cu_seqlens=kv_cu_seqlens,
             lengths=lengths,
         )
-        group = self._group if self._group is not None else groups.resolve(None)
-        plans = self.runtime.plans
-        key = (sequences, group)
-        if key not in plans:
-            world = groups.rank_and_world(group)[1]
-            plans[key] = RankPlan(self.make_plan(sequences, world), sequences, group)
-            if len(plans) > _PLANS:
-                plans.popitem(last=False)
-        plans.move_to_end(key)
-        return plans[key]
+        group = self._target()
+        return self.runtime.plans.get(
+            (sequences, group),
+            lambda: RankPlan(
+                self.make_plan(sequences, groups.rank_and_world(group)[1]),
+                sequences,
+                group,
+                made_by=self._planning(),
+            ),
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -133,7 +140,6 @@ class BaseRingAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
         plan: RankPlan | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -156,16 +162,23 @@ class BaseRingAttention(nn.Module):
             RingTimeoutError: a peer did not deliver within ``timeout``.
             KernelError, CommunicatorError: nothing installed can do this.
         """
+        group = plan.group if isinstance(plan, RankPlan) else self._target()
+        number = 0
+        if group is not None and groups.rank_and_world(group)[1] > 1:
+            number = agreement_of(group).next_call()
         try:
-            check_shapes(q, k, v)
+            q, k, v = check_tensors(q, k, v)
             if plan is None:
                 plan = self._implied_plan(q, k)
+            self._check_plan(plan)
             check_against_plan(q, k, v, plan)
-        except InputError as error:
-            self._refuse(plan, error)
+        except Exception as error:
+            # The other ranks must not wait for this one, nor meet its next call in this one.
+            if number:
+                agreement_of(group).refuse(number, str(error))
             raise
-        call = self.runtime.call(q, k, v, plan, self.training)
-        out, lse = _Ring.apply(q, k, v, call)  # type: ignore[no-untyped-call]
+        call = Call(self.runtime, plan, number, self.training, q, k, v)
+        out, lse = Ring.apply(q, k, v, call)  # type: ignore[no-untyped-call]
         return (out, lse) if return_lse else out
 
     def communicator(
@@ -183,15 +196,34 @@ class BaseRingAttention(nn.Module):
     # Inside
 
     @property
-    def runtime(self) -> _Runtime:
+    def runtime(self) -> Runtime:
         """Kernels, communicators and caches; made again in a copy."""
         if self._runtime is None:
-            self._runtime = _Runtime(self.config, self._registry)
+            self._runtime = Runtime(self.config, self._registry)
         return self._runtime
 
+    def _target(self) -> Any | None:
+        """The group that plans are for: the one given, or the default group of this moment."""
+        if isinstance(self._group, str):  # this is a copy out of a pickle
+            self._group = groups.by_name(self._group)
+        return self._group if self._group is not None else groups.resolve(None)
+
+    def _planning(self) -> tuple[Any, ...]:
+        """What a plan of this attention depends on beside the sequence."""
+        fields = self.config.model_dump(exclude=set(_NOT_PLANNED))
+        return type(self), str(sorted(fields.items()))
+
+    def _check_plan(self, plan: RankPlan) -> None:
+        if not isinstance(plan, RankPlan):
+            raise InputError(f"plan is a {type(plan).__name__}; get one from attn.plan(seq_len)")
+        if plan.made_by != self._planning():
+            raise InputError(
+                f"{plan!r} was made by an attention of another config; get one from this "
+                f"attention, {type(self).__name__}({self.extra_repr()})"
+            )
+
     def _implied_plan(self, q: Tensor, k: Tensor) -> RankPlan:
-        group = self._group if self._group is not None else groups.resolve(None)
-        world = groups.rank_and_world(group)[1]
+        world = groups.rank_and_world(self._target())[1]
         if world > 1 and self.config.layout == "auto":
             raise InputError(
                 f"a call without a plan in a group of {world} ranks needs to know which tokens the "
@@ -199,306 +231,36 @@ class BaseRingAttention(nn.Module):
                 "layout='contiguous', 'zigzag' or 'striped'"
             )
         kv_len = k.shape[1] * world if k.shape[1] != q.shape[1] else None
-        return self.plan(q.shape[1] * world, kv_len=kv_len)
-
-    def _refuse(self, plan: RankPlan | None, error: InputError) -> None:
-        """Let the other ranks fail with this rank's error instead of waiting for it."""
-        group = plan.group if isinstance(plan, RankPlan) else self._group or groups.resolve(None)
-        if group is not None and groups.rank_and_world(group)[1] > 1:
-            agreement_of(group).refuse(str(error))
+        plan: RankPlan = self.plan(q.shape[1] * world, kv_len=kv_len)
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_runtime"] = None
-        state["_group"] = None if self._group is None else self._group.group_name
-        if self._registry is default_registry:
-            state["_registry"] = None
-        return state
+        # A process group is known by name, and looked up when the copy first plans.
+        group = self._group
+        named = group if group is None or isinstance(group, str) else group.group_name
+        registry = None if self._registry is default_registry else self._registry
+        return {**self.__dict__, "_runtime": None, "_group": named, "_registry": registry}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        name = state["_group"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._group = None if name is None else groups.by_name(name)
         self._registry = state["_registry"] or default_registry
 
 
-def agreement_of(group: Any) -> Agreement:
-    """The agreement of a group, shared by all its attentions."""
-    if group not in _agreements:
-        _agreements[group] = Agreement(group)
-    return _agreements[group]
-
-
-class _Runtime:
-    """What an attention holds beside its config: kernels, communicators and what was chosen."""
-
-    def __init__(self, config: RingAttentionConfig, registry: Registry) -> None:
-        self.config = config
-        self.origin = registry.origin(config.variant)
-        self.observers = registry.observers(config)
-        self.kernels = registry.kernels(config)
-        self.communicator_classes = registry.communicators(config)
-        self.plans: OrderedDict[tuple[Sequences, Any], RankPlan] = OrderedDict()
-        self._kernels: dict[Problem, AttentionKernel] = {}
-        self._communicators: WeakKeyDictionary[Any, dict[str, Communicator]] = WeakKeyDictionary()
-        self._programs: OrderedDict[tuple[int, str], tuple[RankPlan, Program]] = OrderedDict()
-        self._signatures: OrderedDict[tuple[Any, ...], tuple[RankPlan, Signature]] = OrderedDict()
-
-    def check_parts(self) -> None:
-        """Refuse parts that nothing brings, and dropout with a kernel that has none."""
-        for field, given, known in (
-            ("kernel", self.config.kernel, [kernel.name for kernel in self.kernels]),
-            ("communicator", self.config.communicator, [c.name for c in self.communicator_classes]),
-        ):
-            if given != "auto" and given not in known:
-                raise ConfigError(
-                    f"{field}: no installed plugin brings {given!r}.{did_you_mean(given, known)} "
-                    f"Allowed: auto, {', '.join(known)}"
-                )
-        able = [kernel.name for kernel in self.kernels if kernel.supports_dropout]
-        if self.config.dropout and self.config.kernel not in ("auto", *able):
-            raise ConfigError(
-                f"dropout={self.config.dropout}: kernel {self.config.kernel!r} cannot repeat its "
-                f"dropout mask in the backward and on other tiles; allowed: auto, {', '.join(able)}"
-            )
-
-    def call(self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, training: bool) -> _Call:
-        """Everything one call needs; the first of its kind is compared with the other ranks'."""
-        dropout = self.config.dropout if training else 0.0
-        settings = Settings(
-            scale=self.config.scale(q.shape[-1]),
-            overlap=self.config.overlap,
-            deterministic=self.config.deterministic,
-            dropout=dropout,
-            # Drawn from torch's CPU generator, so that checkpointing replays it.
-            seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
-        )
-        self._agree(q, k, v, plan, dropout)
-        return _Call(self, plan, settings, self.communicator(plan, q.device))
-
-    def program(self, plan: RankPlan, q: Tensor, value_dim: int, dropout: bool) -> Program:
-        """The plan's tiles lowered for the kernel that fits."""
-        problem = Problem(
-            q.device,
-            q.dtype,
-            q.shape[-1],
-            value_dim,
-            plan.masks,
-            dropout,
-            self.config.deterministic,
-        )
-        kernel = self.kernel(problem)
-        key = (id(plan), kernel.name)
-        if key not in self._programs:
-            self._programs[key] = (plan, Program.build(plan.plan, plan.rank, kernel))
-            if len(self._programs) > 2 * _PLANS:
-                self._programs.popitem(last=False)
-        return self._programs[key][1]
-
-    def kernel(self, problem: Problem) -> AttentionKernel:
-        """The kernel named in the config, or the best that does not refuse.
-
-        Raises:
-            KernelError: none can; says why each one refuses.
-        """
-        if problem not in self._kernels:
-            choice = choose(self.kernels, lambda kernel: kernel.refuse(problem), self.config.kernel)
-            if choice.taken is None:
-                raise KernelError(
-                    f"no kernel for {problem.dtype} on {problem.device} with head sizes "
-                    f"{problem.head_dim} and {problem.value_dim}: "
-                    f"{choice.reasons or 'none installed (ring-attention-standard brings some)'}"
-                )
-            best = choice.taken
-            logger.info("kernel %r for %s", best.name, problem)
-            for observer in self.observers:
-                best = observer.kernel(best)
-            self._kernels[problem] = best
-        return self._kernels[problem]
-
-    def communicator(self, plan: RankPlan, device: torch.device) -> Communicator | None:
-        """The communicator named in the config, or the best that does not refuse.
-
-        Raises:
-            CommunicatorError: none serves this group and device; says why each one refuses.
-        """
-        if plan.group is None or plan.world == 1:
-            return None
-        made = self._communicators.setdefault(plan.group, {})
-        if device.type not in made:
-            choice = choose(
-                self.communicator_classes,
-                lambda kind: kind.refuse(plan.group, device),
-                self.config.communicator,
-            )
-            if choice.taken is None:
-                raise CommunicatorError(
-                    f"no communicator for {device.type} tensors in this group of {plan.world} "
-                    f"ranks: {choice.reasons or 'none installed'}"
-                )
-            communicator = choice.taken(plan.group, self.config.timeout)
-            logger.info("communicator %r for %s tensors", choice.taken.name, device.type)
-            for observer in self.observers:
-                communicator = observer.communicator(communicator)
-            made[device.type] = communicator
-        return made[device.type]
-
-    def _agree(self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, dropout: float) -> None:
-        if plan.group is None or plan.world == 1:
-            return
-        graph = torch.is_grad_enabled()
-        wants = tuple(graph and x.requires_grad for x in (q, k, v))
-        key = (id(plan), q.shape, k.shape, v.shape, q.dtype, q.device.type, wants, dropout)
-        if key not in self._signatures:
-            self._signatures[key] = (plan, self._signature(q, k, v, plan, wants, dropout))
-            if len(self._signatures) > 4 * _PLANS:
-                self._signatures.popitem(last=False)
-        agreement_of(plan.group).check(self._signatures[key][1], self.config.timeout)
-
-    def _signature(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: RankPlan,
-        wants: tuple[bool, ...],
-        dropout: float,
-    ) -> Signature:
-        spec = plan.sequences
-        config = self.config.model_dump(mode="json")
-        fields = {name: str(value) for name, value in config.items()}
-        return Signature(
-            {
-                **fields,
-                "plugin": self.origin,
-                "tokens": str(spec.q_len),
-                "key tokens": str(spec.kv_len),
-                "documents": _brief(
-                    [(d.q.start, d.q.stop, d.kv.start, d.kv.stop) for d in spec.documents]
-                ),
-                "lengths": _brief(spec.lengths),
-                "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
-                "dtype": str(q.dtype),
-                "device": q.device.type,
-                "q": str(tuple(q.shape)),
-                "k": str(tuple(k.shape)),
-                "v": str(tuple(v.shape)),
-                "requires grad (q, k, v)": str(wants),
-                "dropout in this mode": str(dropout),
-            }
-        )
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return (
-        text
-        if len(text) <= 120
-        else f"{text[:100]}... #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    )
-
-
-class _Call:
-    """One call: its plan and settings, and the engine's programs for it."""
-
-    def __init__(
-        self,
-        runtime: _Runtime,
-        plan: RankPlan,
-        settings: Settings,
-        communicator: Communicator | None,
-    ) -> None:
-        self.runtime, self.plan, self.settings = runtime, plan, settings
-        self.communicator = communicator
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        program = self.runtime.program(self.plan, q, v.shape[-1], bool(self.settings.dropout))
-        with engine.quiet(q.device), self.failing_alike():
-            return engine.forward(program, q, k, v, self.communicator, self.settings)
-
-    def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...], need_kv: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, lse = saved
-        value_dim = v.shape[-1] + (dlse is not None)
-        program = self.runtime.program(self.plan, q, value_dim, bool(self.settings.dropout))
-        with engine.quiet(q.device), self.failing_alike():
-            return engine.backward(
-                program,
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                self.communicator,
-                self.settings,
-                dlse=dlse,
-                need_kv=need_kv,
-            )
-
-    def failing_alike(self) -> _FailingAlike:
-        return _FailingAlike(self.plan.group)
-
-
-class _FailingAlike:
-    """Turn a late peer into the one error that every rank of the group raises."""
-
-    def __init__(self, group: Any | None) -> None:
-        self.group = group
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RingTimeoutError) and self.group is not None:
-            try:
-                agreed = agreement_of(self.group).fail(error)
-            except RuntimeError:  # the store went down with the rank that served it
-                return
-            raise agreed from error
-
-
-class _Ring(torch.autograd.Function):
-    """The engine under autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        wide, lse = call.forward(q, k, v)
-        out = wide.to(q.dtype)
-        ctx.call = call
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        if torch.is_grad_enabled():  # create_graph=True: these gradients would carry no graph
-            raise DifferentiationError(
-                "ring attention is differentiable once: call backward or autograd.grad without "
-                "create_graph=True, or compute this layer with dense attention"
-            )
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        need_q, need_k, need_v, _ = ctx.needs_input_grad
-        dq, dk, dv = ctx.call.backward(dout, dlse, (q, k, v, out, lse), need_k or need_v)
-        return (
-            dq.to(q.dtype) if need_q else None,
-            dk.to(k.dtype) if need_k else None,
-            dv.to(v.dtype) if need_v else None,
-            None,
-        )
-
-
-def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse tensors that do not fit each other.
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors, cast where autocast is on; refused if they do not fit each other.
 
     Raises:
         InputError: names the shapes and what should be equal.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} is a {type(x).__name__}, not a tensor")
+        if hasattr(x, "to_local"):
+            raise InputError(f"{name} is a DTensor; pass this rank's shard, {name}.to_local()")
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):  # as scaled_dot_product_attention does; never from float64
+        half = torch.get_autocast_dtype(kind)
+        q, k, v = (x.to(half) if x.dtype != torch.float64 else x for x in (q, k, v))
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise InputError(f"{shapes}: expected [batch, rows, heads, head_dim] for each")
@@ -520,6 +282,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(
             f"{shapes}: {q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads"
         )
+    return q, k, v
 
 
 def check_against_plan(q: Tensor, k: Tensor, v: Tensor, plan: RankPlan) -> None:
@@ -528,8 +291,6 @@ def check_against_plan(q: Tensor, k: Tensor, v: Tensor, plan: RankPlan) -> None:
     Raises:
         InputError: names the lengths and how to get right ones.
     """
-    if not isinstance(plan, RankPlan):
-        raise InputError(f"plan is a {type(plan).__name__}; get one from attn.plan(seq_len)")
     for name, x, rows, kv in (("q", q, plan.local_len, False), ("k", k, plan.kv_local_len, True)):
         if x.shape[1] != rows:
             hint = ", kv=True" if kv and plan.sequences.cross else ""

@@ -40,7 +40,8 @@ class RingAttentionConfig(BaseModel):
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an attention weight while training. Needs a kernel that can repeat
-    its mask (kernel 'reference')."""
+    its mask (kernel 'reference'). The mask is a function of token indices and a seed from torch's
+    CPU generator: seed that alike on all ranks, and no world size changes the mask."""
 
     segment_lengths: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Dilated attention (LongNet, arXiv 2307.02486): segment length of each branch, in tokens."""
@@ -109,7 +110,10 @@ class RingAttentionConfig(BaseModel):
     @classmethod
     def from_yaml(cls, text: str) -> Self:
         """Read a config from YAML (or JSON) text."""
-        fields = yaml.safe_load(text)
+        try:
+            fields = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{cls.__name__}: this is no YAML: {error}") from error
         if not isinstance(fields, Mapping):
             raise ConfigError(
                 f"{cls.__name__}: expected a mapping of field names to values, got "

@@ -33,13 +33,13 @@ class Program:
     steps: tuple[Step, ...]
 
     @staticmethod
-    def build(plan: Plan, rank: int, kernel: AttentionKernel) -> Program:
-        """Lower every tile of ``rank``."""
-        steps = tuple(
+    def build(plan: Plan, rank: int, steps: Sequence[Step], kernel: AttentionKernel) -> Program:
+        """Lower every tile of the rank's ``steps``."""
+        lowered = tuple(
             replace(step, tiles=tuple(piece for tile in step.tiles for piece in kernel.lower(tile)))
-            for step in plan.steps(rank)
+            for step in steps
         )
-        return Program(plan, rank, kernel, steps)
+        return Program(plan, rank, kernel, lowered)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Settings:
     deterministic: bool
     dropout: float = 0.0
     seed: int = 0
+    tag: int = 0
+    """Of this call's messages, forward or backward; see :func:`ring_core.agreement.tag`."""
 
 
 def forward(
@@ -78,7 +80,7 @@ def forward(
     # One form for all: [B, S, K, H/K, D], with D = 1 for lse.
     q_, out_ = grouped(q, kv_heads), grouped(out, kv_heads)
     lse_ = grouped(lse.transpose(1, 2).unsqueeze(-1), kv_heads)
-    for step, keys, values in _with_keys(program.steps, k, v, communicator, settings.overlap):
+    for step, keys, values in _with_keys(program.steps, k, v, communicator, settings):
         for tile in step.tiles:
             at = _At(tile)
             with torch.profiler.record_function(f"ring/forward/step{step.index}"):
@@ -134,7 +136,7 @@ def backward(
     q_, dq_, out_, dout_ = (grouped(x, kv_heads) for x in (q, dq, out, dout))
     lse_ = grouped(lse.transpose(1, 2).unsqueeze(-1), kv_heads)
     homeward: _Homeward | None = None
-    walk = _with_keys(program.steps, k, v, communicator, settings.overlap, gives_back=need_kv)
+    walk = _with_keys(program.steps, k, v, communicator, settings, gives_back=need_kv)
     for step, keys, values in walk:
         flat = (flat_zeros(step.parts, k, wide), flat_zeros(step.parts, v, wide))
         if step.index == 0:
@@ -172,7 +174,7 @@ def backward(
             assert communicator is not None
             if homeward:  # it came while this step was computed
                 homeward.add_to(dk, dv)
-            homeward = _Homeward(step, communicator.give_back(step, flat, (k, v)))
+            homeward = _Homeward(step, communicator.give_back(step, flat, (k, v), settings.tag))
             del flat, dkeys, dvalues
     if homeward:
         homeward.add_to(dk, dv)
@@ -198,7 +200,7 @@ def _with_keys(
     k: Tensor,
     v: Tensor,
     communicator: Communicator | None,
-    overlap: bool,
+    settings: Settings,
     gives_back: bool = False,
 ) -> Iterator[tuple[Step, list[Tensor], list[Tensor]]]:
     """Each step with its keys and values, part by part; the next ones are already on their way.
@@ -210,11 +212,13 @@ def _with_keys(
 
     def fetch(step: Step) -> Pending:
         assert communicator is not None
-        return communicator.fetch(step, (k, v))
+        return communicator.fetch(step, (k, v), settings.tag)
 
     ahead: Pending | None = None
     for step, following in zip_longest(steps, steps[1:]):
-        early = overlap and following and not (gives_back and following.index > step.index + 1)
+        early = (
+            settings.overlap and following and not (gives_back and following.index > step.index + 1)
+        )
         pending = None if step.index == 0 else ahead or fetch(step)
         ahead = None
         received = pending.wait() if pending else [(k, v)]
@@ -223,7 +227,7 @@ def _with_keys(
         yield step, [part[0] for part in received], [part[1] for part in received]
         if pending:
             pending.release()
-        if overlap and following and not early:
+        if settings.overlap and following and not early:
             ahead = fetch(following)
 
 

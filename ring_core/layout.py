@@ -42,11 +42,14 @@ class Layout:
         """Global token index of each of the rank's rows: int64 [size], -1 for padding."""
         import torch
 
-        positions = torch.full((self.size,), -1, dtype=torch.int64)
-        filled = 0
-        for run in self.rows[rank]:
-            positions[filled : filled + len(run)] = torch.arange(run.start, run.stop, run.step)
-            filled += len(run)
+        # Whatever mode or default device the first caller was in: others use the result too.
+        with torch.inference_mode(False):
+            positions = torch.full((self.size,), -1, dtype=torch.int64, device="cpu")
+            filled = 0
+            for run in self.rows[rank]:
+                tokens = torch.arange(run.start, run.stop, run.step, device="cpu")
+                positions[filled : filled + len(run)] = tokens
+                filled += len(run)
         return positions
 
 

@@ -9,6 +9,7 @@ balance figures follow from that.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -174,7 +175,7 @@ class Plan(ABC):
         )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _expand(plan: Plan, rank: int) -> tuple[Step, ...]:
     world = plan.world
     steps = []
@@ -197,11 +198,28 @@ def _parts(tiles: Sequence[Tile]) -> tuple[tuple[Part, ...], tuple[Tile, ...]]:
     sent as they are, once however many tiles read them.
     """
     parts: list[Part] = []
+    solid: dict[Heads, tuple[list[int], int]] = {}  # starts of the intervals, and the first's index
+    packed: dict[tuple[Heads, Rows], int] = {}
     for heads in dict.fromkeys(tile.heads for tile in tiles):
         mine = [tile.kv for tile in tiles if tile.heads == heads]
-        parts += [Part(rows, heads) for rows in _intervals(rows for rows in mine if _solid(rows))]
-        parts += [Part(rows, heads) for rows in dict.fromkeys(r for r in mine if not _solid(r))]
-    return tuple(parts), tuple(_in_part(tile, parts) for tile in tiles)
+        intervals = _intervals(rows for rows in mine if _solid(rows))
+        solid[heads] = [rows.start for rows in intervals], len(parts)
+        parts += [Part(rows, heads) for rows in intervals]
+        for rows in dict.fromkeys(rows for rows in mine if not _solid(rows)):
+            packed[heads, rows] = len(parts)
+            parts.append(Part(rows, heads))
+    placed = []
+    for tile in tiles:
+        rows = tile.kv
+        if _solid(rows):
+            starts, first = solid[tile.heads]
+            part = first + bisect_right(starts, rows.start) - 1
+            rows = replace(rows, start=rows.start - parts[part].rows.start)
+        else:
+            part = packed[tile.heads, rows]
+            rows = Rows(0, rows.count, 1, rows.repeat, rows.count)
+        placed.append(replace(tile, kv=rows, part=part))
+    return tuple(parts), tuple(placed)
 
 
 def _solid(rows: Rows) -> bool:
@@ -217,21 +235,3 @@ def _intervals(rows: Iterable[Rows]) -> list[Rows]:
         else:
             merged.append(Rows(one.start, one.count))
     return merged
-
-
-def _in_part(tile: Tile, parts: Sequence[Part]) -> Tile:
-    for index, part in enumerate(parts):
-        if part.heads != tile.heads:
-            continue
-        if _solid(tile.kv):
-            if (
-                _solid(part.rows)
-                and part.rows.start <= tile.kv.start
-                and tile.kv.start + tile.kv.count <= part.rows.start + part.rows.count
-            ):
-                rows = replace(tile.kv, start=tile.kv.start - part.rows.start)
-                return replace(tile, kv=rows, part=index)
-        elif part.rows == tile.kv:
-            packed = Rows(0, tile.kv.count, 1, tile.kv.repeat, tile.kv.count)
-            return replace(tile, kv=packed, part=index)
-    raise AssertionError(f"no part holds the keys of {tile}")

@@ -127,15 +127,18 @@ class Communicator(Protocol):
         """Why this class cannot serve ``group`` with tensors on ``device``, or None if it can."""
         ...
 
-    def fetch(self, step: Step, tensors: Sequence[Tensor]) -> Pending:
+    def fetch(self, step: Step, tensors: Sequence[Tensor], tag: int) -> Pending:
         """Start a step: get ``parts`` from ``source``, send ``give`` to ``requester``.
 
         Args:
             tensors: this rank's shards [B, S, K, D], the same number and dtypes on every rank.
+            tag: of the call; messages of different tags must not meet where tags exist.
         """
         ...
 
-    def give_back(self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> Pending:
+    def give_back(
+        self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor], tag: int
+    ) -> Pending:
         """The way home: send gradients of ``parts`` to ``source``, receive those of ``give``.
 
         Args:

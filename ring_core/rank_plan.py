@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring_core import groups
 from ring_core.errors import InputError
-from ring_core.groups import rank_and_world
 from ring_core.layout import Layout
 from ring_core.masks import Mask
-from ring_core.plan import Plan
+from ring_core.plan import Plan, Step
 from ring_core.sequences import Sequences
 
 
@@ -24,19 +25,30 @@ class RankPlan:
         plan: the plan itself, the same on every rank.
         sequences: what was asked for.
         rank, world: this process's place in the group.
+        made_by: what the plan depends on beside the sequence; attentions refuse others' plans.
     """
 
-    def __init__(self, plan: Plan, sequences: Sequences, group: Any | None) -> None:
+    def __init__(
+        self, plan: Plan, sequences: Sequences, group: Any | None, made_by: Hashable = None
+    ) -> None:
         self.plan = plan
+        self.made_by = made_by
         self.sequences = sequences
         self.group = group
-        self.rank, self.world = rank_and_world(group)
+        self.rank, self.world = groups.rank_and_world(group)
 
     def __repr__(self) -> str:
         return (
             f"RankPlan(rank {self.rank} of {self.world}: {self.local_len} of "
             f"{self.sequences.q_len} tokens, imbalance {self.imbalance:.3f})"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None if self.group is None else self.group.group_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.group = None if state["group"] is None else groups.by_name(state["group"])
 
     @property
     def local_len(self) -> int:
@@ -48,15 +60,28 @@ class RankPlan:
         """Rows of this rank's key shard, padding included."""
         return self.plan.keys.size
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """int64 [S_local] on the CPU: each local query row's global token index, -1 for padding."""
+        return self._positions.clone()  # the caller's own, whatever becomes of it
+
+    @property
+    def kv_positions(self) -> Tensor:
+        """int64 [Skv_local] on the CPU: each local key row's global token index, -1 for padding."""
+        return self._kv_positions.clone()
+
+    @cached_property
+    def _positions(self) -> Tensor:
         return self.plan.queries.positions(self.rank)
 
     @cached_property
-    def kv_positions(self) -> Tensor:
-        """int64 [Skv_local] on the CPU: each local key row's global token index, -1 for padding."""
+    def _kv_positions(self) -> Tensor:
         return self.plan.keys.positions(self.rank)
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """What this rank does, in order."""
+        return self.plan.steps(self.rank)
 
     @cached_property
     def imbalance(self) -> float:
@@ -66,9 +91,9 @@ class RankPlan:
     @cached_property
     def masks(self) -> frozenset[type[Mask]]:
         """The kinds of mask that this rank's tiles have."""
-        steps = self.plan.steps(self.rank)
-        return frozenset(type(tile.mask) for step in steps for tile in step.tiles)
+        return frozenset(type(tile.mask) for step in self.steps for tile in step.tiles)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shard(self, x: Tensor, dim: int = 1, kv: bool = False, fill: float = 0) -> Tensor:
         """This rank's rows of the whole tensor ``x``, which every rank holds alike.
 
@@ -86,6 +111,7 @@ class RankPlan:
         sharded: Tensor = _Shard.apply(x, dim % x.ndim, self, kv, fill)  # type: ignore[no-untyped-call]
         return sharded
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def unshard(self, x: Tensor, dim: int = 1, kv: bool = False) -> Tensor:
         """The whole tensor in its original order from every rank's shard ``x``; padding is dropped.
 
@@ -103,8 +129,8 @@ class RankPlan:
         return self.plan.keys if kv else self.plan.queries
 
     def _rows(self, x: Tensor, dim: int, kv: bool, fill: float) -> Tensor:
-        positions = self.kv_positions if kv else self.positions
-        rows = x.index_select(dim, positions.clamp_min(0).to(x.device))
+        positions = self._kv_positions if kv else self._positions
+        rows = _take(x, dim, positions.clamp_min(0))
         if positions[-1] < 0:  # padding stands at the end
             padding = int((positions < 0).sum())
             rows.narrow(dim, len(positions) - padding, padding).fill_(fill)
@@ -119,7 +145,7 @@ class RankPlan:
             shards = [torch.empty_like(mine) for _ in range(self.world)]
             dist.all_gather([_bytes(shard) for shard in shards], _bytes(mine), group=self.group)
             gathered = torch.cat(shards, dim)
-        return gathered.index_select(dim, self._origin(kv).to(x.device))
+        return _take(gathered, dim, self._origin(kv))
 
     def _origin(self, kv: bool) -> Tensor:
         """For each token, its row among all ranks' shards end to end."""
@@ -131,11 +157,28 @@ class RankPlan:
         return origin
 
 
+def _take(x: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """Rows of ``x`` by index; torch indexes no wide unsigned integers, so as signed ones."""
+    signed = _SIGNED.get(x.dtype)
+    view = x if signed is None else x.view(signed)
+    taken = view.index_select(dim, rows.to(x.device))
+    return taken if signed is None else taken.view(x.dtype)
+
+
+_SIGNED = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
+
 def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
 def _check_length(x: Tensor, dim: int, expected: int, what: str, plan: RankPlan) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"expected a tensor, got {type(x).__name__}")
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != expected:
         raise InputError(
             f"tensor of shape {tuple(x.shape)}: dimension {dim} should be {what}, {expected} rows "

@@ -44,6 +44,12 @@ class Registry:
         self._by_hand: dict[str, object] = {}
         self._plugins: Plugins | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Registry:
+        return self  # plugins belong to the process, not to what was built with them
+
+    def __reduce__(self) -> tuple[type[Registry], tuple[()]]:
+        return Registry, ()  # elsewhere, that process's plugins
+
     def refresh(self) -> None:
         """Forget what was found and loaded, so that the next question looks again."""
         with self._lock:
@@ -116,6 +122,8 @@ class Registry:
             UnknownVariantError, DuplicateNameError, PluginLoadError, HookApiError: see there.
         """
         if not isinstance(variant, str):
+            if variant is None:
+                raise ConfigError("variant is None; give a name, 'auto', or a config")
             if config is not None:
                 raise ConfigError(
                     "give the config either as the first argument or as config=, not both"
@@ -269,9 +277,11 @@ class Registry:
             raise ConfigError(f"{listed}: known to {', '.join(knowing)}; name the variant")
         fields = {field for one in variants.values() for field in one.config.model_fields}
         hints = "".join(did_you_mean(name, fields) for name in sorted(special - fields))
+        others = " ".join(pip for name, pip in PIP_NAMES.items() if name not in variants)
         raise ConfigError(
             f"no installed variant knows the field(s) {listed}.{hints} "
-            f"Installed: {', '.join(sorted(variants)) or 'none'}"
+            f"Installed: {', '.join(sorted(variants)) or 'none'}; others may know them: "
+            f"pip install {others}"
         )
 
     def _attention_class(self, name: str, variant: Variant) -> type[BaseRingAttention]:
@@ -289,7 +299,9 @@ def _given(config: RingAttentionConfig | Mapping[str, Any] | None) -> dict[str, 
     if config is None:
         return {}
     if isinstance(config, RingAttentionConfig):
-        return config.given()
+        # A variant's own schema says by its default which variant it is for.
+        named = {} if config.variant == "auto" else {"variant": config.variant}
+        return {**config.given(), **named}
     if isinstance(config, Mapping):
         return dict(config)
     raise ConfigError(

@@ -82,7 +82,7 @@ class Sequences:
             return Sequences(q_len, n, (Document(range(q_len), range(n)),), cross=True)
         if lengths is None:
             return Sequences(q_len, q_len, (Document(range(q_len), range(q_len)),))
-        valid = tuple(_int("lengths", one) for one in lengths)
+        valid = tuple(_numbers("lengths", lengths))
         if not valid or min(valid) < 0 or max(valid) > q_len:
             raise InputError(f"lengths {list(valid)}: each must be between 0 and seq_len={q_len}")
         return Sequences(q_len, q_len, tuple(_padded(valid)), lengths=valid)
@@ -106,13 +106,20 @@ def _padded(lengths: Sequence[int]) -> Iterable[Document]:
 
 
 def _ends(name: str, values: Any) -> list[int]:
-    ends = [_int(name, one) for one in (values.tolist() if hasattr(values, "tolist") else values)]
+    ends = _numbers(name, values)
     if len(ends) < 2 or ends[0] != 0 or any(b < a for a, b in pairwise(ends)) or ends[-1] < 1:
         raise InputError(
             f"{name}={_short(ends)}: expected 0 and then the end of each document, ascending, "
             "as in [0, 700, 1303]"
         )
     return ends
+
+
+def _numbers(name: str, values: Any) -> list[int]:
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(listed, Iterable):
+        raise InputError(f"{name}: expected a sequence of whole numbers, got {values!r}")
+    return [_int(name, one) for one in listed]
 
 
 def _agree(name: str, given: Any, source: str, total: int) -> None:

@@ -25,11 +25,17 @@ def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
         lse: [..., 1], same dtype, may be a view.
         tile_out: [..., D]. tile_lse: [..., 1].
     """
+    merged, kept, added = _weights(lse, tile_lse)
+    out.mul_(kept).addcmul_(tile_out.to(out.dtype), added)
+    lse.copy_(merged)
+
+
+def _weights(lse: Tensor, tile_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The merged lse, and what each side's output weighs in the merged one."""
     merged = torch.logaddexp(lse, tile_lse)
     # exp(-inf - -inf) is NaN; against 0 it is the 0 that an empty row weighs
     pivot = merged.masked_fill(merged == -torch.inf, 0)
-    out.mul_(torch.exp(lse - pivot)).addcmul_(tile_out.to(out.dtype), torch.exp(tile_lse - pivot))
-    lse.copy_(merged)
+    return merged, torch.exp(lse - pivot), torch.exp(tile_lse - pivot)
 
 
 class RingAttentionState:
@@ -63,25 +69,23 @@ class RingAttentionState:
                 f"out {tuple(out.shape)} and lse {tuple(lse.shape)}: expected [B, S, H, Dv] and "
                 "[B, H, S]"
             )
-        # What stands in out where no key was seen is the kernel's own business, and may be NaN.
-        out = out.masked_fill(lse.transpose(1, 2).unsqueeze(-1) == -torch.inf, 0)
-        if self._out is None or self._lse is None:
-            wide = accumulation_dtype(out.dtype)
-            self._dtype = out.dtype
-            self._out = out.to(wide)  # masked_fill made a copy
-            self._lse = lse.to(wide, copy=True)
-            return
-        if out.shape != self._out.shape:
+        if self._out is not None and out.shape != self._out.shape:
             raise InputError(
                 f"out {tuple(out.shape)} after an update with {tuple(self._out.shape)}: one state "
                 "holds one set of queries"
             )
-        merge_(
-            self._out,
-            self._lse.transpose(1, 2).unsqueeze(-1),
-            out,
-            lse.to(self._lse.dtype).transpose(1, 2).unsqueeze(-1),
-        )
+        self._dtype = self._dtype or out.dtype
+        wide = accumulation_dtype(self._dtype)
+        # What stands in out where no key was seen is the kernel's own business, and may be NaN.
+        out = out.to(wide).masked_fill(_beside(lse) == -torch.inf, 0)
+        lse = lse.to(wide)
+        if self._out is None or self._lse is None:
+            self._out, self._lse = out, lse
+            return
+        merged, kept, added = _weights(self._lse, lse)
+        # Not in place: earlier results stay what they were, and autograd can follow.
+        self._out = self._out * _beside(kept) + out * _beside(added)
+        self._lse = merged
 
     def result(self) -> tuple[Tensor, Tensor]:
         """``out`` in the first update's dtype, and ``lse``; rows that saw no key: 0 and -inf.
@@ -92,3 +96,8 @@ class RingAttentionState:
         if self._out is None or self._lse is None or self._dtype is None:
             raise InputError("no update yet: there is nothing to give a result of")
         return self._out.to(self._dtype), self._lse
+
+
+def _beside(lse: Tensor) -> Tensor:
+    """[B, H, S] as a factor of [B, S, H, D]."""
+    return lse.transpose(1, 2).unsqueeze(-1)

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from ring_core import reference, registry
-from ring_core.errors import DifferentiationError, InputError, RingTimeoutError
+from ring_core.errors import (
+    DifferentiationError,
+    DisagreementError,
+    InputError,
+    RingError,
+    RingTimeoutError,
+)
 from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.tasks import build
 
@@ -99,9 +105,9 @@ def test_meshes_and_copies_that_keep_their_group(cpu_pool: RankPool) -> None:
 
 def test_a_pickled_group_that_is_gone_is_named() -> None:
     attention = registry.create("standard")
-    state = attention.__getstate__() | {"_group": "no such group"}
+    attention.__setstate__(attention.__getstate__() | {"_group": "no such group"})
     with pytest.raises(InputError, match="pickled with process group 'no such group'"):
-        attention.__setstate__(state)
+        attention.plan(8)
 
 
 def dropped(worker: Worker, case: Case) -> list[torch.Tensor]:
@@ -177,3 +183,180 @@ def test_a_late_peer_is_named_alike_on_every_rank(cpu_pool: RankPool) -> None:
     assert len({str(outcome) for outcome in outcomes}) == 1, outcomes
     assert "timeout=2 s" in str(outcomes[0])
     assert "fetching keys" in str(outcomes[0])
+
+
+def skipped_backward(worker: Worker) -> list[float | str]:
+    """Rank 1 skips one backward, as a rank without labels might."""
+    attention = registry.create("standard", layout="contiguous", timeout=2.0, group=worker.group)
+    outcomes: list[float | str] = []
+    for step in range(3):
+        q = torch.full((1, 2, 1, 2), float(step), requires_grad=True)
+        try:
+            out = attention(q, q, q)
+            outcomes.append(float(out.mean()))
+            if not (worker.rank == 1 and step == 0):
+                out.sum().backward()
+        except RingTimeoutError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+def test_a_skipped_backward_is_an_error_and_never_another_calls_numbers(cpu_pool: RankPool) -> None:
+    answers = cpu_pool.run(skipped_backward, world=2, fresh=True, timeout=60)
+    assert all(answer[0] == 0.0 for answer in answers), answers
+    for answer in answers:
+        for step, outcome in enumerate(value for value in answer if not isinstance(value, str)):
+            assert outcome == float(step), "numbers of another step"
+    texts = {text for answer in answers for text in answer if isinstance(text, str)}
+    assert len(texts) == 1, answers
+    assert "returning gradients" in texts.pop() or "fetching keys" in str(answers)
+
+
+def refused_once(worker: Worker) -> list[str]:
+    """A known call, then one that rank 0 alone refuses, then a known one again."""
+    attention = registry.create("standard", layout="contiguous", timeout=2.0, group=worker.group)
+    plan = attention.plan(4)
+    outcomes = []
+    for step in range(3):
+        rows = plan.local_len + (worker.rank == 0 and step == 1)
+        q = torch.full((1, rows, 1, 2), float(step))
+        try:
+            outcomes.append(f"{attention(q, q, q, plan=plan).mean():.1f}")
+        except RingError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def test_a_refusal_reaches_ranks_that_are_already_computing(cpu_pool: RankPool) -> None:
+    refuser, other = cpu_pool.run(refused_once, world=2, fresh=True, timeout=60)
+    assert refuser[0] == other[0] == "0.0"
+    assert refuser[1].startswith("InputError: q (1, 3, 1, 2) has 3 rows")
+    assert other[1].startswith("DisagreementError: rank 0 refused its input: q (1, 3, 1, 2)")
+    assert "refused its input" in refuser[2], "the group is spent, and says why"
+    assert refuser[2] == other[2] == other[1]
+
+
+def other_order(worker: Worker) -> str:
+    """Two calls that all ranks know, made in another order by rank 0."""
+    attention = registry.create("standard", layout="contiguous", timeout=2.0, group=worker.group)
+    plans = [attention.plan(length) for length in (4, 8)]
+
+    def call(plan):
+        q = torch.ones(1, plan.local_len, 1, 2)
+        return attention(q, q, q, plan=plan)
+
+    for plan in plans:
+        call(plan)
+    try:
+        for plan in plans if worker.rank else reversed(plans):
+            call(plan)
+    except DisagreementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_known_calls_in_another_order_are_told_apart(cpu_pool: RankPool) -> None:
+    texts = cpu_pool.run(other_order, world=3, fresh=True, timeout=60)
+    assert len(set(texts)) == 1, texts
+    assert "tokens: 8 on rank 0; 4 on ranks 1, 2" in texts[0]
+
+
+def failing_kernel(worker: Worker) -> str:
+    """Rank 0's kernel fails in mid-call, as one that runs out of memory does."""
+    attention = registry.create("standard", layout="contiguous", timeout=2.0, group=worker.group)
+    q = torch.ones(1, 4, 1, 2)
+    attention(q, q, q)
+    if worker.rank == 0:
+
+        def fail(*args, **options):
+            raise MemoryError("out of memory, for the test")
+
+        kernel = next(iter(attention.runtime._kernels.values()))
+        kernel.forward = fail
+    try:
+        attention(q, q, q)
+    except (RingError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        vars(next(iter(attention.runtime._kernels.values()))).pop("forward", None)
+    return "no error"
+
+
+def test_a_rank_that_fails_alone_is_named_by_the_others(cpu_pool: RankPool) -> None:
+    alone, *others = cpu_pool.run(failing_kernel, world=3, fresh=True, timeout=60)
+    assert alone == "MemoryError: out of memory, for the test"
+    for text in others:
+        assert text.startswith(
+            "RingTimeoutError: rank 0 failed in the middle of a call with Memory"
+        )
+
+
+def test_a_plan_of_another_config_is_refused() -> None:
+    causal, full = registry.create("standard", causal=True), registry.create("standard")
+    q = _q(1, 8, 2, 4)
+    with pytest.raises(InputError, match="made by an attention of another config"):
+        causal(q, q, q, plan=full.plan(8))
+    layer = registry.create("standard", causal=True, kernel="reference", softmax_scale=0.3)
+    layer(q, q, q, plan=causal.plan(8))
+
+
+def test_positions_are_the_callers_own() -> None:
+    plan = registry.create("standard", causal=True).plan(8)
+    with torch.inference_mode(), torch.device("meta"):
+        plan.positions.add_(100)
+    assert torch.equal(plan.positions, torch.arange(8))
+    embedding = torch.nn.Embedding(8, 2)
+    embedding(plan.positions).sum().backward()
+
+
+def zigzag_cross(worker: Worker) -> bool:
+    """Without a plan, keys of another length are shards of the same named layout."""
+    attention = registry.create("standard", layout="zigzag", group=worker.group)
+    plan = attention.plan(4 * worker.world, kv_len=8 * worker.world)
+    keys = registry.create("standard", layout="zigzag", group=worker.group).plan(8 * worker.world)
+    return torch.equal(plan.kv_positions, keys.positions)
+
+
+def test_a_named_layout_holds_for_keys_too(cpu_pool: RankPool) -> None:
+    assert all(cpu_pool.run(zigzag_cross, world=3))
+
+
+def test_plans_are_made_safely_by_many_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    attention = registry.create("standard", causal=True)
+    with ThreadPoolExecutor(8) as threads:
+        plans = list(threads.map(attention.plan, [1 + i % 97 for i in range(2000)]))
+    assert [plan.sequences.q_len for plan in plans] == [1 + i % 97 for i in range(2000)]
+
+
+def test_compile_with_the_plan_inside_and_changing_lengths() -> None:
+    attention = registry.create("standard", causal=True)
+
+    @torch.compile(backend="aot_eager")
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        plan = attention.plan(x.shape[1])
+        y = plan.shard(x * 1.0)
+        return plan.unshard(attention(y, y, y, plan=plan)) + 0.0
+
+    for length in (8, 9, 12):
+        x = _q(1, length, 2, 4, dtype=torch.float64)
+        seen = reference.visible(length, length, causal=True)
+        assert torch.allclose(whole(x), reference.attention(x, x, x, seen)[0], atol=1e-12)
+
+
+def test_mixed_dtypes_under_autocast_are_cast_as_torch_casts_them() -> None:
+    attention = registry.create("standard")
+    q, v = _q(1, 8, 2, 4), _q(1, 8, 2, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(q, q, v).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], "q"])
+def test_what_is_no_tensor_is_named(wrong) -> None:
+    attention = registry.create("standard")
+    q = _q(1, 8, 2, 4)
+    with pytest.raises(InputError, match=f"k is a {type(wrong).__name__}, not a tensor"):
+        attention(q, wrong, q)
+    with pytest.raises(InputError, match="expected a tensor"):
+        attention.plan(8).shard(wrong)

@@ -220,6 +220,19 @@ class TestState:
         assert (out == 1).all()
         assert (lse == 0).all()
 
+    def test_earlier_results_stay_and_gradients_flow(self):
+        state = RingAttentionState()
+        a, b = (torch.randn(1, 2, 1, 4, requires_grad=True) for _ in range(2))
+        lse = torch.zeros(1, 1, 2)
+        state.update(a, lse)
+        first, _ = state.result()
+        before = first.clone()
+        state.update(b, lse)
+        assert torch.equal(first, before)
+        state.result()[0].sum().backward()
+        assert torch.allclose(a.grad, torch.full_like(a, 0.5))
+        assert torch.allclose(b.grad, torch.full_like(b, 0.5))
+
     def test_shapes_that_do_not_fit_are_named(self):
         state = RingAttentionState()
         with pytest.raises(InputError, match="no update yet"):

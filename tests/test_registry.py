@@ -122,6 +122,16 @@ class TestCreate:
         with pytest.raises(ConfigError, match="not both"):
             registry.create({"variant": "standard"}, config={"causal": True})
 
+    def test_a_variants_own_schema_says_which_variant_it_is_for(self, own):
+        own.register(InProcess(), name="mine")
+        assert own.create(OneField(causal=True)).config.variant == "mine"
+        with pytest.raises(ConfigError, match=r"asked for 'standard'.*for 'mine'"):
+            own.create("standard", config=OneField())
+        with pytest.raises(ConfigError, match="variant is None"):
+            own.create(None)
+        with pytest.raises(ConfigError, match="StandardRingAttention is 'standard'"):
+            StandardRingAttention(RingAttentionConfig(variant="hilbert"))
+
     def test_unknown_names_say_what_to_do(self):
         with pytest.raises(
             UnknownVariantError, match=r"Did you mean 'standard'\? Installed: standard"
@@ -149,8 +159,16 @@ class TestCreate:
 class OneField(RingAttentionConfig):
     """A third party's schema."""
 
+    variant: str = "mine"
+
     sharpness: float = 1.0
     """A field that no other variant has."""
+
+
+class MineAttention(StandardRingAttention):
+    """A third party's attention."""
+
+    config_class = OneField
 
 
 class InProcess:
@@ -162,7 +180,7 @@ class InProcess:
     def ring_variant(self):
         return Variant(
             config=OneField,
-            attention="ring_attention_standard:StandardRingAttention",
+            attention=f"{__name__}:MineAttention",
             retired_names={"older": "2.0"},
         )
 

@@ -9,7 +9,14 @@ from ring_core import registry
 from ring_core.errors import InputError
 from ring_core.testing import RankPool, Worker
 
-DTYPES = (torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float64,
+    torch.bfloat16,
+    torch.int64,
+    torch.uint32,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def round_trips(worker: Worker, layout: str) -> bool:
@@ -84,6 +91,8 @@ def test_wrong_lengths_are_named() -> None:
             r"cu_seqlens=\[3, 5\]: expected 0 and then the end of each document",
         ),
         ({"cu_seqlens": [0, 5, 3]}, "ascending"),
+        ({"cu_seqlens": 5}, "cu_seqlens: expected a sequence of whole numbers, got 5"),
+        ({"seq_len": 8, "lengths": 5}, "lengths: expected a sequence of whole numbers, got 5"),
         (
             {"seq_len": 9, "cu_seqlens": [0, 5]},
             "seq_len=9 and cu_seqlens, which ends at 5, disagree",

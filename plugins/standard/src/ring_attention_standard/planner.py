@@ -42,8 +42,8 @@ def plan_dense(config: RingAttentionConfig, sequences: Sequences, world: int) ->
     queries = _layout(config.layout, sequences, band, world)
     if not sequences.cross:
         keys = queries
-    elif queries.rows and _strided(queries):
-        keys = striped(sequences.kv_len, world)  # tiles need one step on both sides
+    elif config.layout in ("zigzag", "striped"):
+        keys = {"zigzag": zigzag, "striped": striped}[config.layout](sequences.kv_len, world)
     else:
         keys = contiguous(sequences.kv_len, world)
     return DensePlan(queries, keys, sequences.documents, band)
@@ -66,7 +66,3 @@ def _layout(name: LayoutName, sequences: Sequences, band: Band, world: int) -> L
 def _imbalance(layout: Layout, work: Callable[[range], int]) -> float:
     loads = [sum(work(run) for run in runs) for runs in layout.rows]
     return max(loads) * layout.world / max(1, sum(loads))
-
-
-def _strided(layout: Layout) -> bool:
-    return any(run.step != 1 for runs in layout.rows for run in runs)

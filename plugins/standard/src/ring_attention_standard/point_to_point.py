@@ -35,7 +35,7 @@ class PointToPoint(RingCommunicationMixin):
             return "gloo sends no CUDA tensors; initialise the group with backend 'nccl'"
         return None
 
-    def fetch(self, step: Step, tensors: Sequence[Tensor]) -> Pending:
+    def fetch(self, step: Step, tensors: Sequence[Tensor], tag: int) -> Pending:
         outgoing, borrowed = [], []
         for x in tensors:
             packed = as_packed(step.give, x)
@@ -53,9 +53,12 @@ class PointToPoint(RingCommunicationMixin):
             step.parts,
             tensors,
             borrowed,
+            tag,
         )
 
-    def give_back(self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> Pending:
+    def give_back(
+        self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor], tag: int
+    ) -> Pending:
         numels = [part_numel(step.give, x) for x in like]
         incoming = [
             self.buffers.take(numel, gradient)
@@ -69,6 +72,7 @@ class PointToPoint(RingCommunicationMixin):
             step.give,
             like,
             [],
+            tag,
         )
 
     def _start(
@@ -80,11 +84,12 @@ class PointToPoint(RingCommunicationMixin):
         parts: Sequence[Part],
         like: Sequence[Tensor],
         borrowed: Sequence[Tensor],
+        tag: int,
     ) -> Pending:
         ops = []
         for kind, (peer, buffers) in ((dist.isend, outgoing), (dist.irecv, incoming)):
             ops += [
-                dist.P2POp(kind, buffer, group=self.group, group_peer=peer)
+                dist.P2POp(kind, buffer, group=self.group, tag=tag, group_peer=peer)
                 for buffer in buffers
                 if buffer.numel()
             ]

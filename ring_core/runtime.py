@@ -1,0 +1,204 @@
+"""What an attention holds beside its config: kernels, communicators, plans, and what was chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ring_core.agreement import Agreement, Signature
+from ring_core.choice import choose
+from ring_core.config import RingAttentionConfig
+from ring_core.engine import Program
+from ring_core.errors import CommunicatorError, ConfigError, KernelError, did_you_mean
+from ring_core.protocols import AttentionKernel, Communicator, Problem
+from ring_core.rank_plan import RankPlan
+from ring_core.registry import Registry
+
+logger = logging.getLogger("ring_core")
+
+V = TypeVar("V")
+
+_agreements: WeakKeyDictionary[Any, Agreement] = WeakKeyDictionary()
+
+
+def agreement_of(group: Any) -> Agreement:
+    """The agreement of a group, shared by all its attentions."""
+    if group not in _agreements:
+        _agreements[group] = Agreement(group)
+    return _agreements[group]
+
+
+class Recent(Generic[V]):
+    """The values made last, by key; safe to use from several threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.RLock()
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value of ``key``, made now if it is not there."""
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = make()
+                if len(self._values) > self._most:
+                    self._values.popitem(last=False)
+            self._values.move_to_end(key)
+            return self._values[key]
+
+
+class Runtime:
+    """Made when an attention is built, and made again in a copy of it."""
+
+    def __init__(self, config: RingAttentionConfig, registry: Registry) -> None:
+        self.config = config
+        self.origin = registry.origin(config.variant)
+        self.observers = registry.observers(config)
+        self.kernels = registry.kernels(config)
+        self.communicator_classes = registry.communicators(config)
+        self.plans: Recent[RankPlan] = Recent(32)
+        self._kernels: dict[Problem, AttentionKernel] = {}
+        self._communicators: WeakKeyDictionary[Any, dict[str, Communicator]] = WeakKeyDictionary()
+        self._programs: Recent[Program] = Recent(64)
+        self._signatures: Recent[Signature] = Recent(128)
+
+    def check_parts(self) -> None:
+        """Refuse parts that nothing brings, and dropout with a kernel that has none."""
+        for field, given, known in (
+            ("kernel", self.config.kernel, [kernel.name for kernel in self.kernels]),
+            ("communicator", self.config.communicator, [c.name for c in self.communicator_classes]),
+        ):
+            if given != "auto" and given not in known:
+                raise ConfigError(
+                    f"{field}: no installed plugin brings {given!r}.{did_you_mean(given, known)} "
+                    f"Allowed: auto, {', '.join(known)}"
+                )
+        able = [kernel.name for kernel in self.kernels if kernel.supports_dropout]
+        if self.config.dropout and self.config.kernel not in ("auto", *able):
+            raise ConfigError(
+                f"dropout={self.config.dropout}: kernel {self.config.kernel!r} cannot repeat its "
+                f"dropout mask in the backward and on other tiles; allowed: auto, {', '.join(able)}"
+            )
+
+    def program(self, plan: RankPlan, q: Tensor, value_dim: int, dropout: bool) -> Program:
+        """The plan's tiles lowered for the kernel that fits."""
+        problem = Problem(
+            q.device,
+            q.dtype,
+            q.shape[-1],
+            value_dim,
+            plan.masks,
+            dropout,
+            self.config.deterministic,
+        )
+        kernel = self.kernel(problem)
+        return self._programs.get(
+            (plan, kernel.name), lambda: Program.build(plan.plan, plan.rank, plan.steps, kernel)
+        )
+
+    def kernel(self, problem: Problem) -> AttentionKernel:
+        """The kernel named in the config, or the best that does not refuse.
+
+        Raises:
+            KernelError: none can; says why each one refuses.
+        """
+        if problem not in self._kernels:
+            choice = choose(self.kernels, lambda kernel: kernel.refuse(problem), self.config.kernel)
+            if choice.taken is None:
+                raise KernelError(
+                    f"no kernel for {problem.dtype} on {problem.device} with head sizes "
+                    f"{problem.head_dim} and {problem.value_dim}: "
+                    f"{choice.reasons or 'none installed (ring-attention-standard brings some)'}"
+                )
+            best = choice.taken
+            logger.info("kernel %r for %s", best.name, problem)
+            for observer in self.observers:
+                best = observer.kernel(best)
+            self._kernels[problem] = best
+        return self._kernels[problem]
+
+    def communicator(self, plan: RankPlan, device: torch.device) -> Communicator | None:
+        """The communicator named in the config, or the best that does not refuse.
+
+        Raises:
+            CommunicatorError: none serves this group and device; says why each one refuses.
+        """
+        if plan.group is None or plan.world == 1:
+            return None
+        made = self._communicators.setdefault(plan.group, {})
+        if device.type not in made:
+            choice = choose(
+                self.communicator_classes,
+                lambda kind: kind.refuse(plan.group, device),
+                self.config.communicator,
+            )
+            if choice.taken is None:
+                raise CommunicatorError(
+                    f"no communicator for {device.type} tensors in this group of {plan.world} "
+                    f"ranks: {choice.reasons or 'none installed'}"
+                )
+            communicator = choice.taken(plan.group, self.config.timeout)
+            logger.info("communicator %r for %s tensors", choice.taken.name, device.type)
+            for observer in self.observers:
+                communicator = observer.communicator(communicator)
+            made[device.type] = communicator
+        return made[device.type]
+
+    def signature(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, dropout: float
+    ) -> Signature:
+        """What ranks compare before the first call of this kind."""
+        graph = torch.is_grad_enabled()
+        wants = tuple(graph and x.requires_grad for x in (q, k, v))
+        key = (plan, q.shape, k.shape, v.shape, q.dtype, q.device.type, wants, dropout)
+        return self._signatures.get(key, lambda: self._signature(q, k, v, plan, wants, dropout))
+
+    def _signature(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan,
+        wants: tuple[bool, ...],
+        dropout: float,
+    ) -> Signature:
+        spec = plan.sequences
+        config = self.config.model_dump(mode="json")
+        fields = {name: str(value) for name, value in config.items()}
+        return Signature(
+            {
+                **fields,
+                "plugin": self.origin,
+                "tokens": str(spec.q_len),
+                "key tokens": str(spec.kv_len),
+                "documents": _brief(
+                    [(d.q.start, d.q.stop, d.kv.start, d.kv.stop) for d in spec.documents]
+                ),
+                "lengths": _brief(spec.lengths),
+                "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
+                "dtype": str(q.dtype),
+                "device": q.device.type,
+                "q": str(tuple(q.shape)),
+                "k": str(tuple(k.shape)),
+                "v": str(tuple(v.shape)),
+                "requires grad (q, k, v)": str(wants),
+                "dropout in this mode": str(dropout),
+            }
+        )
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return (
+        text
+        if len(text) <= 120
+        else f"{text[:100]}... #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )
