@@ -58,9 +58,10 @@ def site(tmp_path, monkeypatch):
 
 def _fresh(folder, code, **environment):
     """Run ``code`` in a new interpreter that sees the folder's distributions; its printed JSON."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-W", "error::ImportWarning", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,

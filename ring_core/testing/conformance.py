@@ -160,6 +160,7 @@ class Conformance:
             case = Case(
                 self.variant, {**fields, "deterministic": True}, dtype="bfloat16", **self.half
             )
+            # Several times: a race between adds gives the same bits more often than not.
             assert all(rank_pool.run(repeat_bitwise, case, world=world))
 
     def test_overlap_changes_nothing(self, rank_pool: RankPool) -> None:

@@ -141,16 +141,14 @@ def _ready(x: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """The kernel reads torch's global switch; it is put back as it was."""
-    before, warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if not wanted or before:
+    """The kernel reads torch's global switch, and only the strict one; it is put back as it was."""
+    if not wanted:
         yield
         return
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
