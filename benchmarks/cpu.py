@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import statistics
 import time
 from pathlib import Path
@@ -110,6 +111,9 @@ def _spread(seconds: list[float]) -> str:
 
 def memory_table(tokens: int, worlds: list[int]) -> list[str]:
     """Each world size in processes of its own, so that no run inherits another's memory."""
+    # glibc keeps freed buffers below a moving threshold; with a fixed one, freed memory is gone and
+    # what is measured is what is in use.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)
     rows = []
     for world in worlds:
         pool = RankPool(world)
@@ -121,7 +125,8 @@ def memory_table(tokens: int, worlds: list[int]) -> list[str]:
         f"## Memory per rank: {tokens} tokens, {HEADS} heads of {HEAD_DIM}, float32, causal",
         "",
         "Growth of the resident set at its peak over one forward and backward: this rank's inputs,",
-        "outputs, gradients and communication buffers; the worst rank.",
+        "outputs, gradients and communication buffers; the worst rank. Freed memory is returned at",
+        "once (`MALLOC_MMAP_THRESHOLD_`), so this is memory in use.",
         "",
         f"| ranks | peak, MiB | share of {rows[0][0]} rank | times ranks | sent by a rank, MiB |",
         "|---|---|---|---|---|",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ring_core.dropout import Dropout
-from ring_core.plan import Plan, Step, Tile
+from ring_core.plan import Plan, Rows, Step, Tile
 from ring_core.protocols import AttentionKernel, Communicator, Pending
 from ring_core.rows import add_parts_, flat_zeros, grouped, part_views, select
 from ring_core.softmax import accumulation_dtype, merge_
@@ -138,11 +138,7 @@ def backward(
     homeward: _Homeward | None = None
     walk = _with_keys(program.steps, k, v, communicator, settings, gives_back=need_kv)
     for step, keys, values in walk:
-        flat = (flat_zeros(step.parts, k, wide), flat_zeros(step.parts, v, wide))
-        if step.index == 0:
-            dkeys, dvalues = [dk], [dv]
-        else:
-            dkeys, dvalues = part_views(flat[0], step.parts, k), part_views(flat[1], step.parts, v)
+        sums = _Gradients(step, k, wide, own=dk), _Gradients(step, v, wide, own=dv)
         for tile in step.tiles:
             at = _At(tile)
             with torch.profiler.record_function(f"ring/backward/step{step.index}"):
@@ -162,23 +158,61 @@ def backward(
                 target = at.window(dq_)
                 target.add_(at.back(tile_dq, target).to(wide))
                 if need_kv:
-                    for sums, tile_sum in (
-                        (dkeys[tile.part], tile_dk),
-                        (dvalues[tile.part], tile_dv[..., : v.shape[-1]]),
-                    ):
-                        window = at.kv_window(sums, step)
-                        window.add_(tile_sum.reshape(window.shape).to(wide))
-                    del tile_sum
+                    sums[0].add(at, tile_dk)
+                    sums[1].add(at, tile_dv[..., : v.shape[-1]])
                 del tile_dq, tile_dk, tile_dv  # the next tile's must not be made beside them
         if need_kv and step.index != 0:
             assert communicator is not None
             if homeward:  # it came while this step was computed
                 homeward.add_to(dk, dv)
+            flat = [one.flat for one in sums]
             homeward = _Homeward(step, communicator.give_back(step, flat, (k, v), settings.tag))
-            del flat, dkeys, dvalues
+            del flat
+        del sums  # what is not on its way must not stand beside the next step's
     if homeward:
         homeward.add_to(dk, dv)
     return dq, dk, dv
+
+
+class _Gradients:
+    """Gradients of a step's keys, or of its values: the rank's own, or a flat buffer of the parts.
+
+    The first tile's result becomes the buffer where it is laid out like it.
+    """
+
+    def __init__(self, step: Step, like: Tensor, dtype: torch.dtype, own: Tensor) -> None:
+        self._step, self._like, self._dtype = step, like, dtype
+        self._own = own if step.index == 0 else None
+        self._flat: Tensor | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        """The parts' gradients end to end."""
+        if self._flat is None:
+            self._flat = flat_zeros(self._step.parts, self._like, self._dtype)
+        return self._flat
+
+    def add(self, at: _At, gradient: Tensor) -> None:
+        """Add a tile's gradient, as the kernel gave it, to the rows that the tile read."""
+        if self._own is None and self._flat is None and self._is_whole(at.tile, gradient):
+            self._flat = gradient.reshape(-1)
+            return
+        if self._own is not None:
+            sums = self._own
+        else:
+            sums = part_views(self.flat, self._step.parts, self._like)[at.tile.part]
+        window = at.kv_window(sums, self._step)
+        window.add_(gradient.reshape(window.shape).to(self._dtype))
+
+    def _is_whole(self, tile: Tile, gradient: Tensor) -> bool:
+        parts = self._step.parts
+        return (
+            len(parts) == 1
+            and tile.batch is None
+            and tile.kv == Rows(0, len(parts[0].rows))
+            and gradient.dtype == self._dtype
+            and gradient.is_contiguous()
+        )
 
 
 @dataclass
