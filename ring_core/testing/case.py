@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -169,8 +169,3 @@ def expected_of(case: Case, seen: Tensor) -> Result:
         materialize_grads=True,
     )
     return Result(out.detach(), lse.detach(), *gradients)
-
-
-def with_fields(case: Case, **fields: Any) -> Case:
-    """The case with further config fields."""
-    return replace(case, fields={**case.fields, **fields})

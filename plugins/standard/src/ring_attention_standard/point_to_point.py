@@ -59,11 +59,7 @@ class PointToPoint(RingCommunicationMixin):
     def give_back(
         self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor], tag: int
     ) -> Pending:
-        numels = [part_numel(step.give, x) for x in like]
-        incoming = [
-            self.buffers.take(numel, gradient)
-            for numel, gradient in zip(numels, gradients, strict=True)
-        ]
+        incoming = self.pair([part_numel(step.give, x) for x in like], gradients)
         return self._start(
             step,
             "returning gradients",
