@@ -14,11 +14,11 @@ import statistics
 import time
 from pathlib import Path
 
-import hardware
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+import hardware
 from ring_core import registry
 from ring_core.demo.memory import PeakMemory
 from ring_core.testing import RankPool, Worker

@@ -12,6 +12,7 @@ from ring_core import engine
 from ring_core.agreement import Signature, tag
 from ring_core.engine import Settings
 from ring_core.errors import DifferentiationError
+from ring_core.program import Program
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import Runtime, agreement_of
 
@@ -52,7 +53,7 @@ class Call:
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Out and lse of this rank's queries, in the accumulation dtype."""
+        """Out of this rank's queries, and lse in the accumulation dtype."""
         with engine.quiet(q.device), _FailingAlike(self):
             program = self._program(q, v.shape[-1])
             return engine.forward(program, q, k, v, self.communicator, self._tagged("forward"))
@@ -60,7 +61,7 @@ class Call:
     def backward(
         self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...], need_kv: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's q, k and v, in the accumulation dtype."""
+        """Gradients of this rank's q, k and v."""
         q, k, v, out, lse = saved
         with engine.quiet(q.device), _FailingAlike(self):
             return engine.backward(
@@ -77,7 +78,7 @@ class Call:
                 need_kv=need_kv,
             )
 
-    def _program(self, q: Tensor, value_dim: int) -> engine.Program:
+    def _program(self, q: Tensor, value_dim: int) -> Program:
         return self.runtime.program(self.plan, q, value_dim, bool(self.settings.dropout))
 
     def _tagged(self, direction: str) -> Settings:
@@ -112,8 +113,7 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        wide, lse = call.forward(q, k, v)
-        out = wide.to(q.dtype)
+        out, lse = call.forward(q, k, v)
         ctx.call = call
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.set_materialize_grads(False)
@@ -134,8 +134,8 @@ class Ring(torch.autograd.Function):
         need_q, need_k, need_v, _ = ctx.needs_input_grad
         dq, dk, dv = ctx.call.backward(dout, dlse, (q, k, v, out, lse), need_k or need_v)
         return (
-            dq.to(q.dtype) if need_q else None,
-            dk.to(k.dtype) if need_k else None,
-            dv.to(v.dtype) if need_v else None,
+            dq if need_q else None,
+            dk if need_k else None,
+            dv if need_v else None,
             None,
         )

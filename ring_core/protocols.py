@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ring_core.communication import Counters
     from ring_core.dropout import Dropout
     from ring_core.masks import Mask
-    from ring_core.plan import Step, Tile
+    from ring_core.plan import Tile
+    from ring_core.rounds import Round
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class AttentionKernel(Protocol):
     """Among the kernels that do not refuse, ``auto`` takes the one with the highest."""
     supports_dropout: bool
     """Whether it drops weights by :class:`~ring_core.dropout.Dropout`, in both directions."""
+    rounds: bool
+    """Whether its results come in the inputs' dtype; else in the accumulation dtype."""
 
     def refuse(self, problem: Problem) -> str | None:
         """Why this kernel cannot solve ``problem``, or None if it can."""
@@ -66,7 +69,8 @@ class AttentionKernel(Protocol):
         """Attend: q [B, Sq, H, D], k [B, Sk, K, D], v [B, Sk, K, Dv], any strides.
 
         Returns:
-            out [B, Sq, H, Dv] in q's dtype or a wider one; lse [B, H, Sq], natural log, float32
+            out [B, Sq, H, Dv], in q's dtype if the kernel ``rounds``, else in the accumulation
+            dtype; lse [B, H, Sq], natural log, float32
             (float64 for float64 inputs), of the scores before dropout.
         """
         ...
@@ -88,7 +92,7 @@ class AttentionKernel(Protocol):
         """This tile's gradients, given ``out`` and ``lse`` of the whole attention (merged tiles).
 
         Returns:
-            dq, dk, dv shaped like q, k, v, in their dtype or a wider one.
+            dq, dk, dv shaped like q, k, v, in the dtype that ``out`` of the forward had.
         """
         ...
 
@@ -96,11 +100,11 @@ class AttentionKernel(Protocol):
 class Pending(Protocol):
     """A transfer under way. Wait once, then release once its tensors are used up."""
 
-    def wait(self) -> list[tuple[Tensor, ...]]:
-        """The received tensors: for each part, one [B, rows, heads, D] per tensor of the transfer.
+    def wait(self) -> list[Any]:
+        """The received tensors; see what started the transfer.
 
         Raises:
-            RingTimeoutError: the peer did not deliver in time; names rank, step and operation.
+            RingTimeoutError: a peer did not deliver in time; names rank, step and operation.
         """
         ...
 
@@ -113,11 +117,15 @@ class Pending(Protocol):
 class Communicator(Protocol):
     """Moves rows between the ranks of one group.
 
-    The engine calls the same sequence of transfers, with the same steps, on every rank.
+    The engine calls the same sequence of transfers, with the same rounds, on every rank; ranks may
+    leave out rounds of one step that neither give nor take anything.
     """
 
     name: ClassVar[str]
     priority: ClassVar[int]
+    shards: ClassVar[int]
+    """How many shards' worth of fetched keys its rounds may hold; see
+    :func:`ring_core.rounds.rounds`."""
     counters: Counters
 
     def __init__(self, group: Any, timeout: float) -> None: ...
@@ -127,23 +135,36 @@ class Communicator(Protocol):
         """Why this class cannot serve ``group`` with tensors on ``device``, or None if it can."""
         ...
 
-    def fetch(self, step: Step, tensors: Sequence[Tensor], tag: int) -> Pending:
-        """Start a step: get ``parts`` from ``source``, send ``give`` to ``requester``.
+    def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
+        """Start a round: for each step get ``parts`` from ``source``, send ``give`` to
+        ``requester``.
 
         Args:
             tensors: this rank's shards [B, S, K, D], the same number and dtypes on every rank.
             tag: of the call; messages of different tags must not meet where tags exist.
+
+        Returns:
+            Waiting gives, for each block, a tuple of [B, rows, heads, D], one per tensor.
         """
         ...
 
     def give_back(
-        self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor], tag: int
+        self,
+        one: Round,
+        gradients: Sequence[Sequence[tuple[Tensor, ...]]],
+        like: Sequence[Tensor],
+        tag: int,
     ) -> Pending:
-        """The way home: send gradients of ``parts`` to ``source``, receive those of ``give``.
+        """The way home: for each step send gradients of ``parts`` to ``source``, receive those of
+        ``give``.
 
         Args:
-            gradients: per tensor, the parts' gradients end to end in one flat buffer, as
-                :func:`~ring_core.rows.part_views` lays them out.
-            like: this rank's shards, for shapes.
+            gradients: for each step and each of its parts, one [B, rows, heads, D] per tensor, in
+                the dtype that the step's ``rounded`` names.
+            like: this rank's shards, for shapes and dtype.
+
+        Returns:
+            Waiting gives, for each step and each part of ``give``, one [B, rows, heads, D] per
+            tensor, in that dtype too.
         """
         ...

@@ -14,7 +14,7 @@ from ring_core import groups
 from ring_core.errors import InputError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
-from ring_core.plan import Plan, Step
+from ring_core.plan import Plan
 from ring_core.sequences import Sequences
 
 
@@ -79,11 +79,6 @@ class RankPlan:
         return self.plan.keys.positions(self.rank)
 
     @cached_property
-    def steps(self) -> tuple[Step, ...]:
-        """What this rank does, in order."""
-        return self.plan.steps(self.rank)
-
-    @cached_property
     def imbalance(self) -> float:
         """Work of the busiest rank over the mean."""
         return self.plan.imbalance(self.sequences.batch)
@@ -91,7 +86,8 @@ class RankPlan:
     @cached_property
     def masks(self) -> frozenset[type[Mask]]:
         """The kinds of mask that this rank's tiles have."""
-        return frozenset(type(tile.mask) for step in self.steps for tile in step.tiles)
+        owners = range(self.world)
+        return frozenset(type(t.mask) for o in owners for t in self.plan.tiles(self.rank, o))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shard(self, x: Tensor, dim: int = 1, kv: bool = False, fill: float = 0) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ring_core.plan import ALL_HEADS, Heads, Part, Rows
+from ring_core.plan import ALL_HEADS, Heads, Rows
+from ring_core.rounds import Block, Part
 
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -33,24 +33,43 @@ def select(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None 
     return spans.movedim(-1, 2)[:, :, :: rows.step]
 
 
-def part_shapes(parts: Sequence[Part], x: Tensor) -> list[tuple[int, ...]]:
-    """Shapes [B, rows, heads, D] of ``parts`` of a shard like ``x`` [B, S, K, D]."""
+def numel(rows: int, heads: Heads, x: Tensor) -> int:
+    """Elements of ``rows`` rows of some heads of a shard like ``x`` [B, S, K, D]."""
     batch, _, kv_heads, dim = x.shape
-    return [(batch, len(part.rows), part.heads.count(kv_heads), dim) for part in parts]
+    return rows * batch * heads.count(kv_heads) * dim
 
 
-def part_numel(parts: Sequence[Part], x: Tensor) -> int:
-    """Elements of ``parts`` together."""
-    return sum(math.prod(shape) for shape in part_shapes(parts, x))
+def parts_numel(parts: Sequence[Part], x: Tensor) -> int:
+    """Elements of ``parts`` of a shard like ``x`` together."""
+    return sum(numel(len(part.rows), part.heads, x) for part in parts)
+
+
+def blocks_numel(blocks: Sequence[Block], x: Tensor) -> int:
+    """Elements of a round's blocks together."""
+    return sum(numel(block.rows, block.heads, x) for block in blocks)
+
+
+def block_views(flat: Tensor, blocks: Sequence[Block], x: Tensor) -> list[Tensor]:
+    """A round's buffer as its blocks, [B, rows, heads, D] each.
+
+    Batch rows lie side by side in memory, so that any run of rows is contiguous there.
+    """
+    return _views(flat, [(block.rows, block.heads) for block in blocks], x)
 
 
 def part_views(flat: Tensor, parts: Sequence[Part], x: Tensor) -> list[Tensor]:
     """``flat`` as the tensors [B, rows, heads, D] of ``parts``, one behind the other."""
+    return _views(flat, [(len(part.rows), part.heads) for part in parts], x)
+
+
+def _views(flat: Tensor, sizes: Sequence[tuple[int, Heads]], x: Tensor) -> list[Tensor]:
+    batch, _, kv_heads, dim = x.shape
     views, start = [], 0
-    for shape in part_shapes(parts, x):
-        size = math.prod(shape)
-        views.append(flat[start : start + size].view(shape))
-        start += size
+    for rows, heads in sizes:
+        stop = start + numel(rows, heads, x)
+        shape = rows, batch, heads.count(kv_heads), dim
+        views.append(flat[start:stop].view(shape).transpose(0, 1))
+        start = stop
     return views
 
 
@@ -63,19 +82,7 @@ def pack(parts: Sequence[Part], x: Tensor, flat: Tensor) -> None:
 
 def as_packed(parts: Sequence[Part], x: Tensor) -> Tensor | None:
     """The shard's own memory if ``parts`` already lie in it as :func:`pack` would lay them out."""
-    if len(parts) != 1:
+    if len(parts) != 1 or parts[0].rows.repeat > 1:
         return None
-    chosen = select(x, parts[0].rows, parts[0].heads)
+    chosen = select(x, parts[0].rows, parts[0].heads).squeeze(1).transpose(0, 1)
     return chosen.view(-1) if chosen.is_contiguous() else None
-
-
-def add_parts_(x: Tensor, parts: Sequence[Part], values: Sequence[Tensor]) -> None:
-    """Add tensors [B, rows, heads, D] to the rows of ``x`` that ``parts`` name."""
-    for part, value in zip(parts, values, strict=True):
-        target = select(x, part.rows, part.heads)
-        target.add_(value.view(target.shape).to(x.dtype))
-
-
-def flat_zeros(parts: Sequence[Part], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A zeroed flat buffer for ``parts`` of a shard like ``x``."""
-    return torch.zeros(part_numel(parts, x), dtype=dtype, device=x.device)

@@ -16,8 +16,8 @@ from torch import Tensor
 from ring_core.agreement import Agreement, Signature
 from ring_core.choice import choose
 from ring_core.config import RingAttentionConfig
-from ring_core.engine import Program
 from ring_core.errors import CommunicatorError, ConfigError, KernelError, did_you_mean
+from ring_core.program import Program
 from ring_core.protocols import AttentionKernel, Communicator, Problem
 from ring_core.rank_plan import RankPlan
 from ring_core.registry import Registry
@@ -100,8 +100,11 @@ class Runtime:
             self.config.deterministic,
         )
         kernel = self.kernel(problem)
+        communicator = self.communicator(plan, q.device)
+        shards = communicator.shards if communicator else 1
         return self._programs.get(
-            (plan, kernel.name), lambda: Program.build(plan.plan, plan.rank, plan.steps, kernel)
+            (plan, kernel.name, shards),
+            lambda: Program.build(plan.plan, plan.rank, kernel, shards),
         )
 
     def kernel(self, problem: Problem) -> AttentionKernel:

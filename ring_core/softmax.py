@@ -13,6 +13,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(dtype: torch.dtype, rounded: bool) -> torch.dtype:
+    """In which dtype gradients of ``dtype`` keys travel; see :class:`ring_core.rounds.Step`."""
+    return dtype if rounded else accumulation_dtype(dtype)
+
+
 def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
     """Merge a tile into ``(out, lse)`` in place.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import time
 
-import planners
 import pytest
 import torch
 
+import planners
 from ring_core import registry
+from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.case import Result, expected_of
 from ring_core.testing.tasks import build
@@ -27,9 +28,9 @@ def run_planner(worker: Worker, planner: str, case: Case) -> Result | None:
     torch.autograd.backward((out, lse), (plan.shard(dout), plan.shard(dlse, dim=2)))
     sent = attention.communicator(plan)
     if sent is not None:
-        elements = plan.plan.elements_sent(plan.rank, case.kv_heads)
+        elements = elements_sent(plan.plan, plan.rank, case.kv_heads)
         forward = elements * case.batch * (case.head_dim + case.value_dim) * 8
-        fetched = plan.plan.elements_fetched(plan.rank, case.kv_heads)
+        fetched = elements_fetched(plan.plan, plan.rank, case.kv_heads)
         returned = fetched * case.batch * (case.head_dim + case.value_dim) * 8
         assert sent.counters.bytes_sent == 2 * forward + returned
     whole = Result(

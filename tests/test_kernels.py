@@ -13,6 +13,7 @@ from ring_attention_standard.kernels.cpu_flash import CpuFlash, _direct
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
 from ring_attention_standard.kernels.cudnn import Cudnn
 from ring_attention_standard.kernels.eager import Eager
+from ring_attention_standard.kernels.flash4 import Flash4
 
 from ring_core import reference, registry
 from ring_core.dropout import Dropout
@@ -72,10 +73,13 @@ KERNELS = [
     pytest.param(Eager(), "cuda", id="reference-cuda", marks=_GPU),
     pytest.param(CudaFlash(), "cuda", id="flash", marks=_GPU),
     pytest.param(Cudnn(), "cuda", id="cudnn", marks=_GPU),
+    pytest.param(Flash4(), "cuda", id="flash4", marks=_GPU),
 ]
 
 
-@pytest.mark.parametrize(("nq", "nk"), [(37, 37), (20, 53), (53, 20), (600, 700), (1, 1)])
+@pytest.mark.parametrize(
+    ("nq", "nk"), [(37, 37), (20, 53), (53, 20), (600, 700), (700, 600), (1, 1)]
+)
 @pytest.mark.parametrize("band", BANDS, ids=str)
 @pytest.mark.parametrize(("kernel", "device"), KERNELS)
 def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
@@ -83,6 +87,8 @@ def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
     tile = _tile(nq, nk, band.lo, band.hi)
     if tile is None:
         return
+    if kernel.name == "flash4":
+        pytest.importorskip("flash_attn.cute")
     exact = kernel.name in ("cpu_flash", "reference")
     dtype = torch.float64 if exact else torch.bfloat16
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from ring_attention_standard.planner import plan_dense
 from ring_core import reference
 from ring_core.layout import contiguous, striped, zigzag
 from ring_core.masks import Band, trim
+from ring_core.rounds import elements_sent, rounds
 from ring_core.sequences import Sequences
 
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped")
@@ -96,19 +97,62 @@ def test_every_visible_pair_is_computed_exactly_once(config, arguments, world):
 @given(configs, sequence_arguments(), st.integers(1, 64))
 def test_every_send_has_its_receive_and_fits_in_one_shard(config, arguments, world):
     plan = plan_dense(config, Sequences.build(**arguments), world)
-    steps = [{step.index: step for step in plan.steps(rank)} for rank in range(world)]
+    each = [{one.index: one for one in rounds(plan, rank, 1)} for rank in range(world)]
     for rank in range(world):
-        for index, step in steps[rank].items():
-            assert bool(step.tiles) == bool(step.parts) or index == 0
-            if step.parts:
-                assert steps[step.source][index].requester == rank
-                assert steps[step.source][index].give == step.parts
-            if step.give:
-                assert steps[step.requester][index].parts == step.give
-            assert sum(len(part.rows) for part in step.parts) <= plan.keys.size
-            for tile in step.tiles if index else ():
-                rows = step.parts[tile.part].rows
-                assert tile.kv.start + tile.kv.count <= rows.count
+        for index, one in each[rank].items():
+            assert len(one.steps) == (index != 0)
+            for step in one.steps:
+                assert bool(one.tiles) == bool(step.parts)
+                if step.parts:
+                    assert each[step.source][index].steps[0].requester == rank
+                    assert each[step.source][index].steps[0].give == step.parts
+                if step.give:
+                    assert each[step.requester][index].steps[0].parts == step.give
+                assert sum(len(part.rows) for part in step.parts) <= plan.keys.size
+
+
+@given(configs, sequence_arguments(), st.integers(1, 9), st.sampled_from([1, 2, 3, 8]))
+def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(
+    config, arguments, world, shards
+):
+    """Whatever shares a round: pairs by the global tokens that stand in its blocks."""
+    sequences = Sequences.build(**arguments)
+    plan = plan_dense(config, sequences, world)
+    times = torch.zeros(sequences.batch, sequences.q_len, sequences.kv_len, dtype=torch.int32)
+    for rank in range(world):
+        own = plan.queries.positions(rank)
+        mine = rounds(plan, rank, shards)
+        held = []
+        for one in mine:
+            blocks = [plan.keys.positions(rank)] if one.index == 0 else _blocks(plan, one)
+            held.append(sum(map(len, blocks)) if one.index else 0)
+            for tile in one.tiles:
+                i, j = own[tile.q.indices()], blocks[tile.block][tile.kv.indices()]
+                seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
+                for row in tile.batch or range(sequences.batch):
+                    times[row, i[:, None], j] += seen.int()
+            for step in one.steps:
+                theirs = rounds(plan, step.requester, shards)
+                asked = [s for o in theirs for s in o.steps if s.offset == step.offset]
+                assert [s.parts for s in asked] == [step.give] or not (asked or step.give)
+        if shards > 1:
+            assert [one.index for one in mine] == [one.index for one in rounds(plan, 0, shards)]
+            most = [a + b for a, b in zip(held, [*held[1:], 0], strict=True)]
+            assert max(most) <= max(shards, 2) * plan.keys.size
+    assert torch.equal(times, _definition(config, sequences, arguments).int())
+
+
+def _blocks(plan, one):
+    """Global tokens of a round's blocks, from where each part says that it stands."""
+    blocks = [torch.full((block.rows,), -1) for block in one.blocks]
+    for step in one.steps:
+        for part in step.parts:
+            tokens = plan.keys.positions(step.source)[part.rows.indices()]
+            target = blocks[part.block][part.row : part.row + len(part.rows)]
+            assert (target == -1).all()
+            target[:] = tokens
+    assert all((block >= 0).all() for block in blocks)
+    return blocks
 
 
 @given(configs, sequence_arguments(), st.integers(1, 64))
@@ -163,14 +207,26 @@ def test_zigzag_is_one_kernel_call_a_step(world):
         StandardConfig(causal=True, layout="zigzag"), Sequences.build(64 * world), world
     )
     for rank in range(world):
-        assert [len(step.tiles) for step in plan.steps(rank)] == [1] * world
+        assert [len(one.tiles) for one in rounds(plan, rank, 1)] == [1] * world
+
+
+def test_four_zigzag_ranks_make_at_most_three_calls():
+    """The own triangle; all rows with what earlier ranks have; late rows with the later ones'."""
+    plan = plan_dense(StandardConfig(causal=True, layout="zigzag"), Sequences.build(256), 4)
+    calls = [[(len(t.q), len(t.kv)) for o in rounds(plan, r, 3) for t in o.tiles] for r in range(4)]
+    assert calls == [
+        [(64, 64), (32, 192)],
+        [(64, 64), (64, 32), (32, 128)],
+        [(64, 64), (64, 64), (32, 64)],
+        [(64, 64), (64, 96)],
+    ]
 
 
 def test_zigzag_fetches_only_what_it_needs():
     """Later ranks need only the first chunk of an earlier one: 3/4 of all rows travel."""
     world, length = 4, 512
     plan = plan_dense(StandardConfig(causal=True, layout="zigzag"), Sequences.build(length), world)
-    sent = sum(plan.elements_sent(rank, kv_heads=1) for rank in range(world))
+    sent = sum(elements_sent(plan, rank, kv_heads=1) for rank in range(world))
     assert sent == 0.75 * length * (world - 1)
 
 
@@ -179,8 +235,8 @@ def test_a_window_fetches_only_its_halo():
     plan = plan_dense(StandardConfig(causal=True, window=(left, 0)), Sequences.build(length), world)
     assert [len(run) for run in plan.queries.rows] == [1] * world
     for rank in range(world):
-        assert plan.elements_sent(rank, kv_heads=1) == (left if rank < world - 1 else 0)
-        assert len(plan.steps(rank)) <= 3
+        assert elements_sent(plan, rank, kv_heads=1) == (left if rank < world - 1 else 0)
+        assert len(rounds(plan, rank, 1)) <= 3
 
 
 @given(

@@ -398,7 +398,7 @@ class TestBrokenPlugins:
                 def kernel(self, kernel):
                     class Wrapped:
                         name, priority = kernel.name, kernel.priority
-                        supports_dropout = kernel.supports_dropout
+                        supports_dropout, rounds = kernel.supports_dropout, kernel.rounds
                         lower, backward = kernel.lower, kernel.backward
                         def forward(self, *args, **options):
                             calls.append(1)

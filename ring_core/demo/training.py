@@ -18,6 +18,7 @@ from ring_core.demo.model import LanguageModel, ModelSize, Rotary
 from ring_core.demo.progress import progress
 from ring_core.launching import Worker
 from ring_core.rank_plan import RankPlan
+from ring_core.rounds import elements_fetched, elements_sent
 
 _NO_LABEL = -100
 _WARM_UP_TOKENS = 64
@@ -149,6 +150,6 @@ def planned_bytes(plan: RankPlan, size: ModelSize) -> int:
     Keys and values go out once in the forward and once more in the backward; in the backward also
     gradients go home for every row that was fetched.
     """
-    fetched = plan.plan.elements_fetched(plan.rank, size.heads)
-    sent = plan.plan.elements_sent(plan.rank, size.heads)
+    fetched = elements_fetched(plan.plan, plan.rank, size.heads)
+    sent = elements_sent(plan.plan, plan.rank, size.heads)
     return (2 * sent + fetched) * 2 * size.head_dim * torch.float32.itemsize

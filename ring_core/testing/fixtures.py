@@ -21,8 +21,9 @@ def cpu_pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def gpu_pool() -> Iterator[RankPool]:
-    """One NCCL process per GPU."""
-    pool = RankPool(torch.cuda.device_count(), "cuda")
+    """One NCCL process per GPU; on a machine with one GPU, eight processes that share it."""
+    gpus = torch.cuda.device_count()
+    pool = RankPool(gpus if gpus > 1 else 8, "cuda")
     yield pool
     pool.close()
 

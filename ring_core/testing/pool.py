@@ -40,8 +40,10 @@ class RankPool:
     """``size`` processes that run tasks in groups of any ranks.
 
     Args:
-        size: processes; with ``device_type`` 'cuda' at most the number of GPUs.
-        device_type: 'cpu' (gloo) or 'cuda' (NCCL for GPU tensors, gloo for others).
+        size: processes.
+        device_type: 'cpu' (gloo) or 'cuda': NCCL for GPU tensors and gloo for others, one process
+            per GPU. With more processes than GPUs they share them, and there is no NCCL: only a
+            communicator that needs none can serve, and only results mean anything, not times.
     """
 
     def __init__(self, size: int = 8, device_type: str = "cpu") -> None:
@@ -152,13 +154,18 @@ def _free_port() -> int:
 
 def _work(connection: Connection, rank: int, size: int, port: int, device_type: str) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if device_type == "cuda":
-        device = torch.device("cuda", rank)
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", rank % gpus)
         torch.cuda.set_device(device)
+        if size > gpus:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        else:
+            backend = "cpu:gloo,cuda:nccl"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=size,

@@ -29,5 +29,6 @@ def ring_kernels() -> list[Any]:
 @hookimpl
 def ring_communicators() -> list[Any]:
     from ring_attention_standard.point_to_point import PointToPoint
+    from ring_attention_standard.symmetric_memory import SymmetricMemory
 
-    return [PointToPoint]
+    return [PointToPoint, SymmetricMemory]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ring_core.communication import RingCommunicationMixin
 from ring_core.errors import RingTimeoutError
-from ring_core.plan import Part, Step
 from ring_core.protocols import Pending
-from ring_core.rows import as_packed, pack, part_numel, part_views
+from ring_core.rounds import Round, Step
+from ring_core.rows import as_packed, block_views, blocks_numel, pack, part_views, parts_numel
+from ring_core.softmax import gradient_dtype
 
 
 class PointToPoint(RingCommunicationMixin):
@@ -24,6 +25,7 @@ class PointToPoint(RingCommunicationMixin):
 
     name: ClassVar[str] = "p2p"
     priority: ClassVar[int] = 0
+    shards: ClassVar[int] = 1
 
     @classmethod
     def refuse(cls, group: Any, device: torch.device) -> str | None:
@@ -35,41 +37,57 @@ class PointToPoint(RingCommunicationMixin):
             return "gloo sends no CUDA tensors; initialise the group with backend 'nccl'"
         return None
 
-    def fetch(self, step: Step, tensors: Sequence[Tensor], tag: int) -> Pending:
+    def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
+        (step,) = one.steps
         outgoing, borrowed = [], []
         for x in tensors:
             packed = as_packed(step.give, x)
             if packed is None:
-                packed = self.buffers.take(part_numel(step.give, x), x)
+                packed = self.buffers.take(parts_numel(step.give, x), x)
                 pack(step.give, x, packed)
                 borrowed.append(packed)
             outgoing.append(packed)
-        incoming = self.pair([part_numel(step.parts, x) for x in tensors], tensors)
-        return self._start(
-            step,
-            "fetching keys",
-            (step.requester, outgoing),
-            (step.source, incoming),
-            step.parts,
-            tensors,
-            borrowed,
-            tag,
+        # One step's parts stand in its round's buffer in their own order, end to end.
+        incoming = self.pair([blocks_numel(one.blocks, x) for x in tensors], tensors)
+        works, name = self._start(
+            step, "fetching keys", (step.requester, outgoing), (step.source, incoming), tag
         )
 
+        def received() -> list[tuple[Tensor, ...]]:
+            views = [
+                block_views(flat, one.blocks, x) for flat, x in zip(incoming, tensors, strict=True)
+            ]
+            return list(zip(*views, strict=True))
+
+        return _Transfer(self, works, name, outgoing, [*incoming, *borrowed], received)
+
     def give_back(
-        self, step: Step, gradients: Sequence[Tensor], like: Sequence[Tensor], tag: int
+        self,
+        one: Round,
+        gradients: Sequence[Sequence[tuple[Tensor, ...]]],
+        like: Sequence[Tensor],
+        tag: int,
     ) -> Pending:
-        incoming = self.pair([part_numel(step.give, x) for x in like], gradients)
-        return self._start(
-            step,
-            "returning gradients",
-            (step.source, gradients),
-            (step.requester, incoming),
-            step.give,
-            like,
-            [],
-            tag,
+        (step,) = one.steps
+        outgoing = [
+            _end_to_end(
+                [part[i] for part in gradients[0]], x, gradient_dtype(x.dtype, step.rounded)
+            )
+            for i, x in enumerate(like)
+        ]
+        dtype = gradient_dtype(like[0].dtype, step.rounded)
+        incoming = self.pair(
+            [parts_numel(step.give, x) for x in like], [x.new_empty(0, dtype=dtype) for x in like]
         )
+        works, name = self._start(
+            step, "returning gradients", (step.source, outgoing), (step.requester, incoming), tag
+        )
+
+        def received() -> list[list[tuple[Tensor, ...]]]:
+            views = [part_views(flat, step.give, x) for flat, x in zip(incoming, like, strict=True)]
+            return [list(zip(*views, strict=True))]
+
+        return _Transfer(self, works, name, outgoing, incoming, received)
 
     def _start(
         self,
@@ -77,11 +95,8 @@ class PointToPoint(RingCommunicationMixin):
         operation: str,
         outgoing: tuple[int, Sequence[Tensor]],
         incoming: tuple[int, Sequence[Tensor]],
-        parts: Sequence[Part],
-        like: Sequence[Tensor],
-        borrowed: Sequence[Tensor],
         tag: int,
-    ) -> Pending:
+    ) -> tuple[Sequence[Any], Callable[[], str]]:
         ops = []
         for kind, (peer, buffers) in ((dist.isend, outgoing), (dist.irecv, incoming)):
             ops += [
@@ -89,14 +104,13 @@ class PointToPoint(RingCommunicationMixin):
                 for buffer in buffers
                 if buffer.numel()
             ]
-        sent = sum(x.numel() * x.element_size() for x in outgoing[1])
-        self.counters.bytes_sent += sent
-        self.counters.bytes_received += sum(x.numel() * x.element_size() for x in incoming[1])
+        self.counters.bytes_sent += sum(x.nbytes for x in outgoing[1])
+        self.counters.bytes_received += sum(x.nbytes for x in incoming[1])
         self.counters.transfers += 1
 
         def name() -> str:
             return (
-                f"step {step.index}, {operation} (sending to rank {outgoing[0]}, receiving from "
+                f"step {step.offset}, {operation} (sending to rank {outgoing[0]}, receiving from "
                 f"rank {incoming[0]})"
             )
 
@@ -106,7 +120,16 @@ class PointToPoint(RingCommunicationMixin):
             raise RingTimeoutError(
                 f"rank {self.rank} of {self.world}: {name()} failed to start: {error}"
             ) from error
-        return _Transfer(self, works, name, outgoing[1], incoming[1], parts, like, borrowed)
+        return works, name
+
+
+def _end_to_end(parts: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tensors [B, rows, heads, D] as one flat one, in the order of :func:`part_views`."""
+    if not parts:
+        return like.new_empty(0, dtype=dtype)
+    if len(parts) == 1:
+        return parts[0].transpose(0, 1).reshape(-1)
+    return torch.cat([part.transpose(0, 1).reshape(-1) for part in parts])
 
 
 class _Transfer:
@@ -116,25 +139,19 @@ class _Transfer:
         self,
         communicator: PointToPoint,
         works: Sequence[Any],
-        name: Any,
+        name: Callable[[], str],
         outgoing: Sequence[Tensor],
-        incoming: Sequence[Tensor],
-        parts: Sequence[Part],
-        like: Sequence[Tensor],
         borrowed: Sequence[Tensor],
+        received: Callable[[], list[Any]],
     ) -> None:
         self.communicator, self.works, self.name = communicator, works, name
-        self.outgoing, self.incoming = outgoing, incoming  # kept alive until sent
-        self.parts, self.like, self.borrowed = parts, like, borrowed
+        self.outgoing = outgoing  # kept alive until sent
+        self.borrowed, self.received = borrowed, received
 
-    def wait(self) -> list[tuple[Tensor, ...]]:
+    def wait(self) -> list[Any]:
         self.communicator.wait_for(self.works, self.name)
-        views = [
-            part_views(flat, self.parts, x)
-            for flat, x in zip(self.incoming, self.like, strict=True)
-        ]
-        return list(zip(*views, strict=True))
+        return self.received()
 
     def release(self) -> None:
-        for buffer in (*self.incoming, *self.borrowed):
+        for buffer in self.borrowed:
             self.communicator.buffers.give(buffer)

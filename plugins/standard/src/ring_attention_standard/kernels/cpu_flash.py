@@ -33,6 +33,7 @@ class CpuFlash:
     name = "cpu_flash"
     priority = 10
     supports_dropout = False
+    rounds = False
 
     def refuse(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":

@@ -27,6 +27,7 @@ class CudaFlash:
     name = "flash"
     priority = 10
     supports_dropout = False
+    rounds = True
 
     def refuse(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":

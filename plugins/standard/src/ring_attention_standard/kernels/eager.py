@@ -24,6 +24,7 @@ class Eager:
     name = "reference"
     priority = -10
     supports_dropout = True
+    rounds = False
 
     def refuse(self, problem: Problem) -> str | None:
         return None

@@ -1,0 +1,69 @@
+"""FlashAttention-4 (package ``flash-attn-4``, an extra): the fastest on Hopper."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from ring_attention_standard.kernels.rectangles import Rectangles
+from ring_core.masks import Band
+from ring_core.protocols import Problem
+
+
+class Flash4(Rectangles):
+    """Triangles with aligned last corners, of no more rows than keys."""
+
+    name = "flash4"
+    priority = 30
+    largest_head = 128
+    least = 64
+
+    def refuse(self, problem: Problem) -> str | None:
+        if not _is_installed():
+            return "needs flash-attn-4: pip install ring-attention-standard[flash4]"
+        return super().refuse(problem)
+
+    def is_triangle(self, nq: int, nk: int, band: Band) -> bool:
+        return band.lo is None and band.hi == nk - nq
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _interface()._flash_attn_fwd(
+            q, k, v, softmax_scale=scale, causal=causal, return_lse=True
+        )
+        return out, lse
+
+    def gradients(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _interface()._flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, deterministic=deterministic
+        )
+        return dq, dk, dv
+
+
+@cache
+def _is_installed() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+@cache
+def _interface() -> Any:
+    return import_module("flash_attn.cute.interface")

@@ -1,0 +1,240 @@
+"""What tiles give for rows of one shard, put together: attention is merged, gradients add.
+
+On a GPU tiles' results are kept as the kernel gave them, and a few of them are put together in one
+pass that writes the final dtype; see :mod:`ring_core.fused`. Elsewhere, and for tiles of strided or
+repeated rows or of some heads, each is put into a state of the accumulation dtype as it comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ring_core.plan import ALL_HEADS, Heads, Rows
+from ring_core.rows import grouped, select
+from ring_core.softmax import accumulation_dtype, merge_
+
+_SOURCES = 4
+"""Most tensors that one pass reads for a row."""
+_SHARDS = 3
+"""How many shards' worth of rows wait to be put together, at most; then a state holds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of a shard, for some KV heads and batch rows (None: all)."""
+
+    rows: Rows
+    heads: Heads = ALL_HEADS
+    batch: range | None = None
+
+    @property
+    def run(self) -> range | None:
+        """The place as neighbouring rows of all heads and batch rows, if it is that."""
+        rows = self.rows
+        whole = self.heads == ALL_HEADS and self.batch is None
+        if whole and rows.repeat == 1 and (rows.step == 1 or rows.count == 1):
+            return range(rows.start, rows.start + rows.count)
+        return None
+
+
+class Sum:
+    """A gradient [B, S, H, D] while its parts come in.
+
+    Args:
+        shape: of the whole. dtype, device: of what it is the gradient of.
+        kv_heads: into how many groups the H heads fall, as places count them.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, kv_heads: int
+    ) -> None:
+        self._shape, self._dtype, self._device, self._kv_heads = shape, dtype, device, kv_heads
+        self._wide = accumulation_dtype(dtype)
+        self._state: Tensor | None = None
+        self._waiting: list[tuple[range, Tensor]] = []
+
+    @staticmethod
+    def of(x: Tensor, kv_heads: int) -> Sum:
+        """For the gradient of a shard ``x`` [B, S, H, D]."""
+        return Sum(x.shape, x.dtype, x.device, kv_heads)
+
+    def add(self, place: Place, x: Tensor, borrowed: bool = False) -> None:
+        """Add a gradient of the rows at ``place``; its elements in the order of those rows.
+
+        ``x`` may be read until :meth:`settle` or :meth:`result`, and becomes part of the sum itself
+        unless it is only ``borrowed``.
+        """
+        run = place.run
+        if run is not None and is_fused(x.device):
+            self._waiting.append((run, x))
+            if _too_many([one for one, _ in self._waiting], self._shape[1]):
+                self.settle()
+        elif not borrowed and self._state is None and _is_whole(run, x, self._shape, self._wide):
+            self._state = x
+        else:
+            if self._state is None:
+                self._state = torch.zeros(self._shape, dtype=self._wide, device=self._device)
+            window = select(
+                grouped(self._state, self._kv_heads), place.rows, place.heads, place.batch
+            )
+            window.add_(x.reshape(window.shape).to(self._wide))
+
+    def settle(self) -> None:
+        """Put together what waits: nothing that was added is read any more."""
+        if self._waiting:
+            self._state = self._write(self._new(self._wide) if self._state is None else self._state)
+            self._waiting.clear()
+
+    def result(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The sum of everything added, in ``dtype`` or that of the whole; 0 where nothing was."""
+        dtype = dtype or self._dtype
+        if self._waiting:
+            return self._write(self._new(dtype))
+        if self._state is None:
+            return self._new(dtype).zero_()
+        return self._state.to(dtype)
+
+    def rows(self, rows: range, dtype: torch.dtype) -> Tensor:
+        """Rows of the result in ``dtype``: of the one tensor that gives them, where it is one."""
+        giving = [
+            (run, x) for run, x in self._waiting if run.start < rows.stop and rows.start < run.stop
+        ]
+        if self._state is None and len(giving) == 1:
+            run, x = giving[0]
+            if run.start <= rows.start and rows.stop <= run.stop and x.dtype == dtype:
+                return _rows(x, run, slice(rows.start, rows.stop))
+        self.settle()
+        return self.result(dtype)[:, rows.start : rows.stop]
+
+    def _new(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self._shape, dtype=dtype, device=self._device)
+
+    def _write(self, target: Tensor) -> Tensor:
+        from ring_core.fused import sum_into
+
+        for rows, members in cells([run for run, _ in self._waiting], self._shape[1]):
+            sources = [_rows(self._waiting[i][1], self._waiting[i][0], rows) for i in members]
+            if self._state is not None:
+                sources.append(self._state[:, rows])
+            if sources:
+                sum_into(target[:, rows], sources)
+            else:
+                target[:, rows] = 0
+        return target
+
+
+class Merge:
+    """A shard's attention, out [B, S, H, Dv] and lse [B, H, S], while its tiles come in."""
+
+    def __init__(self, q: Tensor, value_dim: int, kv_heads: int) -> None:
+        self._like, self._kv_heads = q, kv_heads
+        self._shape = (*q.shape[:3], value_dim)
+        self._wide = accumulation_dtype(q.dtype)
+        self._state: tuple[Tensor, Tensor] | None = None
+        self._waiting: list[tuple[range, Tensor, Tensor]] = []
+
+    def add(self, place: Place, out: Tensor, lse: Tensor) -> None:
+        """Merge attention of the rows at ``place`` over further keys.
+
+        Args:
+            out: [b*repeat, count, k*G, Dv], lse: [b*repeat, k*G, count], as a kernel gives them.
+        """
+        run = place.run
+        if run is not None and is_fused(out.device):
+            self._waiting.append((run, out, lse))
+            if _too_many([one for one, _, _ in self._waiting], self._shape[1]):
+                self._put_together()
+            return
+        if self._state is None:
+            self._state = self._empty()
+        state_out, state_lse = (grouped(x, self._kv_heads) for x in _beside(*self._state))
+        target = select(state_out, place.rows, place.heads, place.batch)
+        target_lse = select(state_lse, place.rows, place.heads, place.batch)
+        merge_(
+            target,
+            target_lse,
+            out.reshape(target.shape),
+            lse.transpose(1, 2).reshape(target_lse.shape),
+        )
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Out in q's dtype and lse in the accumulation dtype; 0 and -inf where no key was seen."""
+        if self._waiting:
+            out = torch.empty(self._shape, dtype=self._like.dtype, device=self._like.device)
+            return self._write(out, self._lse())
+        out, lse = self._state or self._empty()
+        return out.to(self._like.dtype), lse
+
+    def _lse(self) -> Tensor:
+        batch, rows, heads, _ = self._shape
+        return torch.empty(batch, heads, rows, dtype=self._wide, device=self._like.device)
+
+    def _empty(self) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(self._shape, dtype=self._wide, device=self._like.device)
+        return out, self._lse().fill_(-torch.inf)
+
+    def _put_together(self) -> None:
+        if self._state is None:
+            out = torch.empty(self._shape, dtype=self._wide, device=self._like.device)
+            self._state = self._write(out, self._lse())
+        else:
+            self._write(*self._state)
+        self._waiting.clear()
+
+    def _write(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        from ring_core.fused import merge_into
+
+        for rows, members in cells([run for run, _, _ in self._waiting], self._shape[1]):
+            found = [self._waiting[i] for i in members]
+            outs = [_rows(x, run, rows) for run, x, _ in found]
+            lses = [_rows(x.transpose(1, 2), run, rows).transpose(1, 2) for run, _, x in found]
+            if self._state is not None:
+                outs.append(self._state[0][:, rows])
+                lses.append(self._state[1][:, :, rows])
+            if outs:
+                merge_into(out[:, rows], lse[:, :, rows], outs, lses)
+            else:
+                out[:, rows], lse[:, :, rows] = 0, -torch.inf
+        return out, lse
+
+
+@cache
+def is_fused(device: torch.device) -> bool:
+    """Whether tiles on ``device`` are put together by :mod:`ring_core.fused`."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def cells(runs: Sequence[range], rows: int) -> Iterator[tuple[slice, list[int]]]:
+    """Cut ``rows`` rows where a run begins or ends; each piece with the runs that cover it."""
+    ends = sorted({0, rows, *(run.start for run in runs), *(run.stop for run in runs)})
+    for start, stop in itertools.pairwise(ends):
+        covering = [i for i, run in enumerate(runs) if run.start <= start and stop <= run.stop]
+        yield slice(start, stop), covering
+
+
+def _too_many(runs: Sequence[range], rows: int) -> bool:
+    if sum(map(len, runs)) > _SHARDS * rows:
+        return True
+    return any(len(members) >= _SOURCES for _, members in cells(runs, rows))
+
+
+def _rows(x: Tensor, run: range, rows: slice) -> Tensor:
+    """Rows of the shard out of a tensor that holds those of ``run``."""
+    return x[:, rows.start - run.start : rows.stop - run.start]
+
+
+def _is_whole(run: range | None, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether ``x`` can be the state itself."""
+    return run == range(shape[1]) and x.shape == shape and x.dtype == dtype and x.is_contiguous()
+
+
+def _beside(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one form: [B, S, H, Dv] and [B, S, H, 1]."""
+    return out, lse.transpose(1, 2).unsqueeze(-1)
