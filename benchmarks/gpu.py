@@ -55,6 +55,7 @@ class Entry:
         self.q, self.k, self.v, self.dout = (contender.shard(x).contiguous() for x in tensors)
         self.leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
         self.times: dict[str, list[float]] = {"forward": [], "both": []}
+        self.host: dict[str, float] = {}
         self.memory: dict[str, int] = {}
 
     def forward(self) -> None:
@@ -69,6 +70,14 @@ class Entry:
         for run in (self.forward, self.both):
             for _ in range(3):
                 run()
+            torch.cuda.synchronize()
+        for name, run in (("forward", self.forward), ("both", self.both)):
+            if not self.alone:
+                dist.barrier()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            self.host[name] = 1e3 * (time.perf_counter() - started)
             torch.cuda.synchronize()
         started = time.perf_counter()
         self.both()
@@ -235,6 +244,7 @@ def measure(
     for name, entry in entries.items():
         found.setdefault(name, {})
         found[name]["kernel"] = entry.contender.kernel
+        found[name]["host"] = entry.host
         for key, times in entry.times.items():
             worst = torch.tensor(statistics.median(times), device="cuda")
             dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -301,6 +311,7 @@ def show(result: dict, per_rank: int, documents) -> None:
             f"{name:28} fwd {row['forward']:8.3f} both {row['both']:8.3f} "
             f"eff {eff.get('forward', 0):.3f} {eff.get('both', 0):.3f} "
             f"range {row['range'][0]:.2f}-{row['range'][1]:.2f} "
+            f"host {row['host']['forward']:.2f} {row['host']['both']:.2f} "
             f"shards {row['forward extra, shards']:.2f} {row['both extra, shards']:.2f} "
             + str({k: f"{v:.2e}" for k, v in (row.get("error") or {}).items()}),
             flush=True,

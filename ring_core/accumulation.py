@@ -58,7 +58,7 @@ class Sum:
         self._shape, self._dtype, self._device, self._kv_heads = shape, dtype, device, kv_heads
         self._wide = accumulation_dtype(dtype)
         self._state: Tensor | None = None
-        self._waiting: list[tuple[range, Tensor]] = []
+        self._waiting: list[tuple[range, Tensor, bool]] = []
 
     @staticmethod
     def of(x: Tensor, kv_heads: int) -> Sum:
@@ -73,8 +73,8 @@ class Sum:
         """
         run = place.run
         if run is not None and is_fused(x.device):
-            self._waiting.append((run, x))
-            if _too_many([one for one, _ in self._waiting], self._shape[1]):
+            self._waiting.append((run, x, borrowed))
+            if _too_many([one for one, _, _ in self._waiting], self._shape[1]):
                 self.settle()
         elif not borrowed and self._state is None and _is_whole(run, x, self._shape, self._wide):
             self._state = x
@@ -96,7 +96,7 @@ class Sum:
         """The sum of everything added, in ``dtype`` or that of the whole; 0 where nothing was."""
         dtype = dtype or self._dtype
         if self._waiting:
-            return self._write(self._new(dtype))
+            return self._write(self._first(dtype))
         if self._state is None:
             return self._new(dtype).zero_()
         return self._state.to(dtype)
@@ -104,7 +104,9 @@ class Sum:
     def rows(self, rows: range, dtype: torch.dtype) -> Tensor:
         """Rows of the result in ``dtype``: of the one tensor that gives them, where it is one."""
         giving = [
-            (run, x) for run, x in self._waiting if run.start < rows.stop and rows.start < run.stop
+            (run, x)
+            for run, x, _ in self._waiting
+            if run.start < rows.stop and rows.start < run.stop
         ]
         if self._state is None and len(giving) == 1:
             run, x = giving[0]
@@ -113,14 +115,23 @@ class Sum:
         self.settle()
         return self.result(dtype)[:, rows.start : rows.stop]
 
+    def _first(self, dtype: torch.dtype) -> Tensor:
+        """Where the result is written: over the first tile's, where that has the whole shape."""
+        run, x, borrowed = self._waiting[0]
+        in_place = not borrowed and self._state is None
+        return x if in_place and _is_whole(run, x, self._shape, dtype) else self._new(dtype)
+
     def _new(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self._shape, dtype=dtype, device=self._device)
 
     def _write(self, target: Tensor) -> Tensor:
         from ring_core.fused import sum_into
 
-        for rows, members in cells([run for run, _ in self._waiting], self._shape[1]):
-            sources = [_rows(self._waiting[i][1], self._waiting[i][0], rows) for i in members]
+        for rows, members in cells([run for run, _, _ in self._waiting], self._shape[1]):
+            found = [self._waiting[i] for i in members]
+            if self._state is None and len(found) == 1 and found[0][1] is target:
+                continue  # it stands there already
+            sources = [_rows(x, run, rows) for run, x, _ in found]
             if self._state is not None:
                 sources.append(self._state[:, rows])
             if sources:
@@ -167,10 +178,22 @@ class Merge:
     def result(self) -> tuple[Tensor, Tensor]:
         """Out in q's dtype and lse in the accumulation dtype; 0 and -inf where no key was seen."""
         if self._waiting:
-            out = torch.empty(self._shape, dtype=self._like.dtype, device=self._like.device)
-            return self._write(out, self._lse())
+            return self._write(*self._first())
         out, lse = self._state or self._empty()
         return out.to(self._like.dtype), lse
+
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """Where the result is written: over the first tile's, where that has the whole shape."""
+        run, out, lse = self._waiting[0]
+        dtype, wide = self._like.dtype, self._wide
+        if (
+            self._state is None
+            and _is_whole(run, out, self._shape, dtype)
+            and lse.dtype == wide
+            and lse.is_contiguous()
+        ):
+            return out, lse
+        return torch.empty(self._shape, dtype=dtype, device=self._like.device), self._lse()
 
     def _lse(self) -> Tensor:
         batch, rows, heads, _ = self._shape
@@ -193,6 +216,8 @@ class Merge:
 
         for rows, members in cells([run for run, _, _ in self._waiting], self._shape[1]):
             found = [self._waiting[i] for i in members]
+            if self._state is None and len(found) == 1 and found[0][1] is out:
+                continue  # it stands there already
             outs = [_rows(x, run, rows) for run, x, _ in found]
             lses = [_rows(x.transpose(1, 2), run, rows).transpose(1, 2) for run, _, x in found]
             if self._state is not None:

@@ -141,9 +141,10 @@ def backward(
             pending = communicator.give_back(one, found.for_owners(), (k, v), settings.tag)
             homeward = _Homeward(one, pending)
         del found  # what is not on its way must not stand beside the next round's
+    own = dq.result()  # while the last gradients are on their way
     if homeward:
         homeward.add_to(dk, dv)
-    gradients = dq.result(), dk.result(), dv.result()
+    gradients = own, dk.result(), dv.result()
     if homeward:
         homeward.pending.release()
     return gradients

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -63,25 +62,25 @@ def _launch(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _combine(
-    out: Any,
-    out_strides: Any,
-    lse: Any,
-    lse_strides: Any,
-    outs: Any,
-    outs_strides: Any,
-    lses: Any,
-    lses_strides: Any,
-    pairs: Any,
-    rows: Any,
-    heads: Any,
-    dim: Any,
+def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
+    out,
+    out_strides,
+    lse,
+    lse_strides,
+    outs,
+    outs_strides,
+    lses,
+    lses_strides,
+    pairs,
+    rows,
+    heads,
+    dim,
     WIDE: tl.constexpr,
     N: tl.constexpr,
     MERGE: tl.constexpr,
     PAIRS: tl.constexpr,
     D: tl.constexpr,
-) -> None:
+):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     head = pair % heads
     row = pair // heads % rows

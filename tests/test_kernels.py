@@ -84,6 +84,18 @@ KERNELS = [
 @pytest.mark.parametrize(("kernel", "device"), KERNELS)
 def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
     """Out, lse and gradients of one tile, grouped heads and Dv != D, merged from its pieces."""
+    _compare(kernel, device, band, nq, nk, 16, 24)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (64, 64), (64, 65), (72, 72), (96, 80), (128, 128)])
+@pytest.mark.parametrize("band", [FULL, CAUSAL], ids=str)
+@pytest.mark.parametrize(("kernel", "device"), KERNELS)
+def test_head_sizes(kernel, device, band, sizes):
+    """A gradient through lse asks for one more column than the values have."""
+    _compare(kernel, device, band, 300, 300, *sizes)
+
+
+def _compare(kernel, device, band, nq, nk, head_dim, value_dim):
     tile = _tile(nq, nk, band.lo, band.hi)
     if tile is None:
         return
@@ -93,10 +105,10 @@ def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
     dtype = torch.float64 if exact else torch.bfloat16
     torch.manual_seed(0)
     shapes = (
-        (2, tile.q.count, 6, 16),
-        (2, tile.kv.count, 2, 16),
-        (2, tile.kv.count, 2, 24),
-        (2, tile.q.count, 6, 24),
+        (2, tile.q.count, 6, head_dim),
+        (2, tile.kv.count, 2, head_dim),
+        (2, tile.kv.count, 2, value_dim),
+        (2, tile.q.count, 6, value_dim),
     )
     q, k, v, dout = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
     leaves = [x.clone().double().requires_grad_() for x in (q, k, v)]
@@ -112,9 +124,9 @@ def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
     for piece in pieces:
         rows, keys = _slice(piece.q), _slice(piece.kv)
         out, lse = kernel.forward(
-            q[:, rows], k[:, keys], v[:, keys], piece.mask, scale=0.25, dropout=None
+            q[:, rows], k[:, keys], v[:, keys], piece.mask, scale=head_dim**-0.5, dropout=None
         )
-        whole = out.new_zeros(2, tile.q.count, 6, 24)
+        whole = out.new_zeros(2, tile.q.count, 6, value_dim)
         whole_lse = lse.new_full((2, 6, tile.q.count), -torch.inf)
         whole[:, rows], whole_lse[:, :, rows] = out, lse
         state.update(whole, whole_lse)
@@ -130,7 +142,7 @@ def test_kernel_equals_the_reference(kernel, device, band, nq, nk):
             out[:, rows],
             lse[:, :, rows],
             piece.mask,
-            scale=0.25,
+            scale=head_dim**-0.5,
             dropout=None,
             deterministic=False,
         )

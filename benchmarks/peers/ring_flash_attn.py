@@ -20,6 +20,10 @@ def contender(problem: Problem) -> Contender:
         importlib.import_module("flash_attn.flash_attn_interface")
     except ImportError:
         _lend_flash_attn()
+    # Its patches for transformers import names that come and go there; the ring needs none of them.
+    patches = types.ModuleType("ring_flash_attn.adapters")
+    patches.substitute_hf_flash_attn = patches.update_ring_flash_attn_params = None
+    sys.modules.setdefault("ring_flash_attn.adapters", patches)
     try:
         function = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
     except Exception as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -17,6 +17,8 @@ import torch
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
+from ring_attention_standard import meeting
+from ring_attention_standard.signals import LARGEST, Signals
 from ring_core.communication import RingCommunicationMixin
 from ring_core.errors import CommunicatorError
 from ring_core.groups import rank_and_world, store_of
@@ -36,9 +38,11 @@ class SymmetricMemory(RingCommunicationMixin):
     """Every rank puts its keys where its peers can read them; each pulls what it needs.
 
     Gradients are pushed into their owner's memory, a slot for each peer, and added by the owner.
-    No kernel runs for a transfer but the barriers between writing and reading: peers are done with
-    what lies there; everybody's keys are there; everybody's gradients are. Calls of all attentions
-    of a group take turns on one stream.
+    Between writing and reading stand barriers: peers are done with what lies there; everybody's
+    keys are there; everybody's gradients are. No kernel runs for any of it, so kernels that fill
+    the GPU hold nothing up. Calls of all attentions of a group take turns on one stream.
+
+    A stream that waits for a peer does so without a deadline.
     """
 
     name: ClassVar[str] = "symmetric"
@@ -47,13 +51,20 @@ class SymmetricMemory(RingCommunicationMixin):
 
     def __init__(self, group: Any, timeout: float) -> None:
         super().__init__(group, timeout)
-        self._region = _regions.setdefault(group, _Region(group.group_name))
+        if group not in _regions:
+            meeting.prepare(group)
+            _regions[group] = _Region(group)
+        self._region = _regions[group]
 
     @classmethod
     def refuse(cls, group: Any, device: torch.device) -> str | None:
         """Ranks compare where they are through the group's store, so all come to one answer."""
         if device.type != "cuda" or torch.version.cuda is None:
             return "between CUDA GPUs only"
+        if rank_and_world(group)[1] > LARGEST:
+            return f"up to {LARGEST} ranks"
+        if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+            return "needs cuda-bindings, as torch's CUDA builds do: pip install cuda-bindings"
         if group not in _refusals:
             _refusals[group] = _why_apart(group, device)
         return _refusals[group]
@@ -64,11 +75,11 @@ class SymmetricMemory(RingCommunicationMixin):
         views = [block_views(flat, one.blocks, x) for flat, x in zip(flats, tensors, strict=True)]
         with region.turn(tensors[0].device):
             if one.number == 1:
-                region.keys.grow(_keys_bytes(tensors), self.timeout)
-                region.keys.barrier(self.timeout)
+                region.grow(region.keys, _keys_bytes(tensors))
+                region.barrier("free")
                 for i, x in enumerate(tensors):
                     region.shard(self.rank, tensors, i).copy_(x)
-                region.keys.barrier(self.timeout)
+                region.barrier("keys")
             for step in one.steps:
                 for i, x in enumerate(tensors):
                     for part in step.parts:
@@ -90,7 +101,7 @@ class SymmetricMemory(RingCommunicationMixin):
         region = self._region
         received: list[list[tuple[Tensor, ...]]] = []
         with region.turn(like[0].device):
-            region.slots.grow(_halves(one) * _slots_bytes(one, like), self.timeout)
+            region.grow(region.slots, _halves(one) * _slots_bytes(one, like))
             for place, step in enumerate(one.steps):
                 dtype = gradient_dtype(like[0].dtype, step.rounded)
                 mine = []
@@ -102,7 +113,7 @@ class SymmetricMemory(RingCommunicationMixin):
                     self.counters.bytes_sent += parts_numel(step.parts, x) * dtype.itemsize
                     self.counters.bytes_received += parts_numel(step.give, x) * dtype.itemsize
                 received.append(list(zip(*mine, strict=True)))
-            region.keys.barrier(self.timeout)
+            region.barrier(f"gradients of {'odd' if one.number % 2 else 'even'} rounds")
             self.counters.transfers += 1
         # What is being pushed, and the slots' memory, live until the caller's stream waited.
         return _Transfer(self, received, [], kept=(gradients, region.slots.memory))
@@ -151,31 +162,20 @@ class _Memory:
         self._captured: list[Any] = []
         self.memory: Tensor | None = None
 
-    def grow(self, needed: int, timeout: float) -> None:
-        """Have at least ``needed`` bytes; alike on all ranks, which meet here or none does.
+    def has(self, needed: int) -> bool:
+        """Whether there are ``needed`` bytes; then a graph that is being captured keeps them."""
+        enough = self.memory is not None and self.memory.numel() >= needed
+        if enough and torch.cuda.is_current_stream_capturing():
+            self._captured = [*(kept for kept in self._captured if kept is not self._handle)]
+            self._captured.append(self._handle)  # replays use it, whatever comes later
+        return enough
 
-        Raises:
-            CommunicatorError: a CUDA graph is being captured, and memory would have to grow.
-        """
-        if self.memory is not None and self.memory.numel() >= needed:
-            if torch.cuda.is_current_stream_capturing() and self._handle not in self._captured:
-                self._captured.append(self._handle)  # replays use it, whatever comes later
-            return
-        if torch.cuda.is_current_stream_capturing():
-            raise CommunicatorError(
-                "the shared memory is too small for this call and cannot grow while a CUDA graph "
-                "is captured: run one forward and backward of the same shapes first"
-            )
-        if self._handle is not None:
-            self.barrier(timeout)
-            torch.cuda.synchronize()
+    def allocate(self, size: int) -> None:
+        """Get ``size`` zeroed bytes; every rank of the group comes here."""
         device = torch.device("cuda", torch.cuda.current_device())
-        self.memory = symmetric.empty(max(needed, _ALIGNED), dtype=torch.uint8, device=device)
+        self.memory = symmetric.empty(max(size, _ALIGNED), dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize()
         self._handle = symmetric.rendezvous(self.memory, self._group_name)
-
-    def barrier(self, timeout: float) -> None:
-        """Order what all ranks' streams did so far before what they do next."""
-        self._handle.barrier(channel=0, timeout_ms=math.ceil(timeout * 1000))
 
     def at(self, rank: int, start: int, numel: int, dtype: torch.dtype) -> Tensor:
         """``rank``'s elements from byte ``start`` on, flat."""
@@ -190,16 +190,48 @@ class _Region:
     of a round where there are several, since one round's arrive while the last one's are added.
     """
 
-    def __init__(self, group_name: str) -> None:
-        self.keys, self.slots = _Memory(group_name), _Memory(group_name)
+    def __init__(self, group: Any) -> None:
+        name = group.group_name
+        self.keys, self.slots, self._words = _Memory(name), _Memory(name), _Memory(name)
+        self._rank, self._world = rank_and_world(group)
         self._stream: torch.cuda.Stream | None = None
+        self._signals: Signals | None = None
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """Where transfers run; a barrier must find room beside kernels that fill the GPU."""
+        """Where transfers run."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream(priority=-1)
+            self._stream = torch.cuda.Stream()
         return self._stream
+
+    def grow(self, memory: _Memory, needed: int) -> None:
+        """Have ``needed`` bytes; alike on all ranks, so they meet here or none does.
+
+        Raises:
+            CommunicatorError: a CUDA graph is being captured, and memory would have to grow.
+        """
+        if memory.has(needed):
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise CommunicatorError(
+                "the shared memory is too small for this call and cannot grow while a CUDA graph "
+                "is captured: run one forward and backward of the same shapes first"
+            )
+        torch.cuda.synchronize()  # with the meeting below: no peer uses the old memory any more
+        memory.allocate(needed)
+
+    def barrier(self, name: str) -> None:
+        """Order what all ranks' streams did so far before what they do next."""
+        if self._signals is None:
+            self._words.allocate(Signals.bytes)
+            self._signals = Signals(
+                self._rank,
+                self._world,
+                lambda rank, start, numel: self._words.at(
+                    rank, start * torch.int32.itemsize, numel, torch.int32
+                ),
+            )
+        self._signals.barrier(name)
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:

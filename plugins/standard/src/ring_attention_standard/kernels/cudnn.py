@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ring_attention_standard.kernels.bands import cut
 from ring_attention_standard.kernels.rectangles import Rectangles
-from ring_core.masks import CAUSAL, Band
+from ring_core.masks import CAUSAL, FULL, Band
+from ring_core.plan import Tile
 from ring_core.protocols import Problem
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -18,7 +22,7 @@ class Cudnn(Rectangles):
 
     name = "cudnn"
     priority = 20
-    largest_head = 128
+    head_sizes = range(8, 129, 8)
     least = 64  # its backward has no plan for single rows
 
     def refuse(self, problem: Problem) -> str | None:
@@ -28,6 +32,9 @@ class Cudnn(Rectangles):
 
     def is_triangle(self, nq: int, nk: int, band: Band) -> bool:
         return band == CAUSAL
+
+    def pieces(self, tile: Tile) -> Sequence[Tile]:
+        return cut(tile, lambda nq, nk, band: band in (FULL, CAUSAL), block=1)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ring_attention_standard.kernels.bands import rows_apart
 from ring_attention_standard.kernels.rectangles import Rectangles
 from ring_core.masks import Band
+from ring_core.plan import Tile
 from ring_core.protocols import Problem
 
 
@@ -19,7 +22,7 @@ class Flash4(Rectangles):
 
     name = "flash4"
     priority = 30
-    largest_head = 128
+    head_sizes = (64, 128)  # its gradients at 72 are wrong, 4.0.0b36
     least = 64
 
     def refuse(self, problem: Problem) -> str | None:
@@ -29,6 +32,12 @@ class Flash4(Rectangles):
 
     def is_triangle(self, nq: int, nk: int, band: Band) -> bool:
         return band.lo is None and band.hi == nk - nq
+
+    def pieces(self, tile: Tile) -> Sequence[Tile]:
+        nq, nk, band = tile.q.count, tile.kv.count, tile.mask
+        if not isinstance(band, Band) or band.hi is None or self.is_triangle(nq, nk, band):
+            return (tile,)
+        return rows_apart(tile, nk - band.hi)  # from there on rows see all keys
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ring_attention_standard.kernels.bands import cut
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
-from ring_attention_standard.kernels.heads import common_size, padded
+from ring_attention_standard.kernels.heads import padded
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Mask
 from ring_core.plan import Tile
@@ -28,15 +27,16 @@ class Rectangles(ABC):
     supports_dropout = False
     rounds = True
 
-    largest_head: ClassVar[int]
+    head_sizes: ClassVar[Sequence[int]]
+    """What the kernel is asked for, ascending; others are padded to the next one."""
     least: ClassVar[int]
     """Fewer rows or keys than this go to FlashAttention-2 too."""
 
     def refuse(self, problem: Problem) -> str | None:
         if reason := _flash.refuse(problem):
             return reason
-        if common_size(problem.head_dim, problem.value_dim, multiple=8) > self.largest_head:
-            return f"head sizes up to {self.largest_head} only"
+        if max(problem.head_dim, problem.value_dim) > self.head_sizes[-1]:
+            return f"head sizes up to {self.head_sizes[-1]} only"
         if torch.cuda.get_device_capability(problem.device) < (9, 0):
             return "needs compute capability 9.0 (Hopper) or newer"
         return None
@@ -66,14 +66,14 @@ class Rectangles(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The backward, for one head size."""
 
+    @abstractmethod
+    def pieces(self, tile: Tile) -> Sequence[Tile]:
+        """Rectangles and the kernel's triangles that are a tile which is open to the left."""
+
     def lower(self, tile: Tile) -> Sequence[Tile]:
         pieces: Sequence[Tile] = (tile,)
-        if isinstance(tile.mask, Band) and tile.mask.lo is None:
-            pieces = cut(
-                tile,
-                lambda nq, nk, band: band == FULL or self.is_triangle(nq, nk, band),
-                block=1,
-            )
+        if isinstance(tile.mask, Band) and tile.mask.lo is None and tile.mask != FULL:
+            pieces = self.pieces(tile)
         return [
             part
             for piece in pieces
@@ -89,7 +89,7 @@ class Rectangles(ABC):
     ) -> tuple[Tensor, Tensor]:
         if not self._knows(q.shape[1], k.shape[1], mask):
             return _flash.forward(q, k, v, mask, scale=scale, dropout=dropout)
-        size = common_size(q.shape[-1], v.shape[-1], multiple=8)
+        size = self._size(q, v)
         out, lse = self.attend(*(_ready(x, size) for x in (q, k, v)), mask != FULL, scale)
         return out[..., : v.shape[-1]], lse
 
@@ -120,10 +120,14 @@ class Rectangles(ABC):
                 dropout=dropout,
                 deterministic=deterministic,
             )
-        size = common_size(q.shape[-1], v.shape[-1], multiple=8)
+        size = self._size(q, v)
         inputs = (_ready(x, size) for x in (dout, q, k, v, out))
         dq, dk, dv = self.gradients(*inputs, lse.contiguous(), mask != FULL, scale, deterministic)
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+    def _size(self, q: Tensor, v: Tensor) -> int:
+        wanted = max(q.shape[-1], v.shape[-1])
+        return next(size for size in self.head_sizes if size >= wanted)
 
     def _knows(self, nq: int, nk: int, mask: Mask) -> bool:
         assert isinstance(mask, Band)

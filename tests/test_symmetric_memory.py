@@ -1,0 +1,120 @@
+"""One-sided transfers between GPUs: what the conformance kit does not come to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ring_core import registry
+from ring_core.testing import RankPool, Worker
+
+pytestmark = pytest.mark.gpu
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+FIELDS = {"causal": True, "communicator": "symmetric"}
+
+
+def tensors(tokens: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(1, tokens, heads, DIM, generator=generator).to("cuda", torch.bfloat16)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
+
+
+def both(attention, plan, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Out and gradients of this rank."""
+    leaves = [x.detach().requires_grad_() for x in shards[:3]]
+    out = attention(*leaves, plan=plan)
+    return [out.detach(), *torch.autograd.grad(out, leaves, shards[3])]
+
+
+def difference(worker: Worker, tokens: int, seed: int, **fields) -> float:
+    """Largest relative difference from the same attention on this GPU alone."""
+    attention = registry.create("standard", group=worker.group, **FIELDS, **fields)
+    plan = attention.plan(tokens)
+    whole = tensors(tokens, seed)
+    found = both(attention, plan, [plan.shard(x) for x in whole])
+    alone = registry.create("standard", causal=True, group=_only_me(worker), **fields)
+    right = both(alone, alone.plan(tokens), whole)
+    return max(
+        float((a.float() - b.float()).norm() / b.float().norm())
+        for a, b in zip(found, [plan.shard(x) for x in right], strict=True)
+    )
+
+
+_alone: dict[int, torch.distributed.ProcessGroup] = {}
+
+
+def _only_me(worker: Worker):
+    """A group of this process alone."""
+    me = torch.distributed.get_rank()
+    if me not in _alone:
+        _alone[me] = torch.distributed.new_group([me], use_local_synchronization=True)
+    return _alone[me]
+
+
+def growing(worker: Worker) -> float:
+    return max(difference(worker, tokens, tokens) for tokens in (256, 2048, 700, 4096))
+
+
+def test_memory_grows_with_the_calls(gpu_pool: RankPool) -> None:
+    assert max(gpu_pool.run(growing, timeout=60)) < 0.01
+
+
+def many_rounds(worker: Worker) -> float:
+    from ring_attention_standard.symmetric_memory import SymmetricMemory
+
+    before, SymmetricMemory.shards = SymmetricMemory.shards, 1.5
+    try:
+        return max(difference(worker, 1024, seed) for seed in range(5))
+    finally:
+        SymmetricMemory.shards = before
+
+
+def test_rounds_take_turns_with_the_slots(gpu_pool: RankPool) -> None:
+    """Each peer's keys in a round of their own: gradients arrive while others are added."""
+    assert max(gpu_pool.run(many_rounds, timeout=60)) < 0.01
+
+
+def test_groups_of_other_ranks_before_and_after(gpu_pool: RankPool) -> None:
+    """torch's rendezvous counts by process; ranks that met before must not wait for the others."""
+    last = gpu_pool.size - 1
+    for ranks in ([0, last], list(range(gpu_pool.size)), [last, 0], [0, last]):
+        if len(ranks) > 1 and len(set(ranks)) == len(ranks):
+            assert max(gpu_pool.run(growing, ranks=sorted(ranks), fresh=True, timeout=60)) < 0.01
+
+
+def captured(worker: Worker) -> float:
+    """Forward and backward in a CUDA graph, replayed with other numbers, against eager calls."""
+    attention = registry.create("standard", group=worker.group, **FIELDS)
+    plan = attention.plan(1024)
+    inputs = [plan.shard(x).clone() for x in tensors(1024, 0)]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            both(attention, plan, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = both(attention, plan, inputs)
+    worst = 0.0
+    for seed in (1, 2, 3):
+        fresh = [plan.shard(x) for x in tensors(1024, seed)]
+        for target, source in zip(inputs, fresh, strict=True):
+            target.copy_(source)
+        graph.replay()
+        replayed = [x.clone() for x in outputs]
+        for a, b in zip(replayed, both(attention, plan, fresh), strict=True):
+            worst = max(worst, float((a.float() - b.float()).norm() / b.float().norm()))
+    return worst
+
+
+def test_a_cuda_graph_holds_forward_and_backward(gpu_pool: RankPool) -> None:
+    assert max(gpu_pool.run(captured, timeout=60)) < 0.01
+
+
+def test_ranks_that_cannot_reach_each_other_use_messages() -> None:
+    from ring_attention_standard.symmetric_memory import SymmetricMemory
+
+    assert SymmetricMemory.refuse(None, torch.device("cpu")) == "between CUDA GPUs only"
