@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ring_core import groups
-from ring_core.calls import Call, Ring
+from ring_core.calls import Call
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import ConfigError, InputError
+from ring_core.operator import NO_PLAN, attend, number_of
 from ring_core.plan import Plan
 from ring_core.protocols import Communicator
 from ring_core.rank_plan import RankPlan
@@ -69,6 +70,7 @@ class BaseRingAttention(nn.Module):
         self._group = None if group is None else groups.resolve(group)
         self._registry = registry or default_registry
         self._runtime: Runtime | None = None
+        self._number = number_of(self)
         self.runtime.check_parts()
 
     @classmethod
@@ -134,7 +136,6 @@ class BaseRingAttention(nn.Module):
             ),
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         q: Tensor,
@@ -162,23 +163,11 @@ class BaseRingAttention(nn.Module):
             RingTimeoutError: a peer did not deliver within ``timeout``.
             KernelError, CommunicatorError: nothing installed can do this.
         """
-        group = plan.group if isinstance(plan, RankPlan) else self._target()
-        number = 0
-        if group is not None and groups.rank_and_world(group)[1] > 1:
-            number = agreement_of(group).next_call()
-        try:
-            q, k, v = check_tensors(q, k, v)
-            if plan is None:
-                plan = self._implied_plan(q, k)
-            self._check_plan(plan)
-            check_against_plan(q, k, v, plan)
-        except Exception as error:
-            # The other ranks must not wait for this one, nor meet its next call in this one.
-            if number:
-                agreement_of(group).refuse(number, str(error))
-            raise
-        call = Call(self.runtime, plan, number, self.training, q, k, v)
-        out, lse = Ring.apply(q, k, v, call)  # type: ignore[no-untyped-call]
+        if not torch.compiler.is_compiling():  # a graph is made of tensors and a plan
+            self._check_types(q, k, v, plan)
+        q, k, v = autocast(q, k, v)
+        number = NO_PLAN if plan is None else plan.number
+        out, lse = attend(self._number, number, q, k, v, self.training)
         return (out, lse) if return_lse else out
 
     def communicator(
@@ -194,6 +183,79 @@ class BaseRingAttention(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in sorted(self.config.given().items()))
 
     # Inside
+
+    def begin(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan | None,
+        training: bool,
+        wants: tuple[bool, bool, bool],
+    ) -> Call:
+        """Number a call and check its inputs; what the operator runs first."""
+        group = plan.group if plan is not None else self._target()
+        number = self._next_call(group)
+        try:
+            check_tensors(q, k, v)
+            if plan is None:
+                plan = self._implied_plan(q, k)
+            self._check_plan(plan)
+            check_against_plan(q, k, v, plan)
+        except Exception as error:
+            self._refuse(group, number, error)
+            raise
+        # Drawn from torch's CPU generator, so that checkpointing replays it.
+        drops = self.config.dropout and training
+        seed = int(torch.randint(2**62, ()).item()) if drops else 0
+        return self.resume(q, k, v, plan, training, wants, number, seed)
+
+    def resume(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan | None,
+        training: bool,
+        wants: tuple[bool, bool, bool],
+        number: int,
+        seed: int,
+    ) -> Call:
+        """The call of that number again, for its backward."""
+        return Call(
+            self.runtime,
+            self._implied_plan(q, k) if plan is None else plan,
+            q,
+            k,
+            v,
+            number=number,
+            training=training,
+            wants=wants,
+            seed=seed,
+        )
+
+    @staticmethod
+    def _next_call(group: Any | None) -> int:
+        alone = group is None or groups.rank_and_world(group)[1] == 1
+        return 0 if alone else agreement_of(group).next_call()
+
+    @staticmethod
+    def _refuse(group: Any | None, number: int, error: Exception) -> None:
+        """The other ranks must not wait for this one, nor meet its next call in this one."""
+        if number:
+            agreement_of(group).refuse(number, str(error))
+
+    def _check_types(self, q: Any, k: Any, v: Any, plan: Any) -> None:
+        try:
+            check_types(q, k, v)
+            if plan is not None and not isinstance(plan, RankPlan):
+                raise InputError(
+                    f"plan is a {type(plan).__name__}; get one from attn.plan(seq_len)"
+                )
+        except InputError as error:
+            group = plan.group if isinstance(plan, RankPlan) else self._target()
+            self._refuse(group, self._next_call(group), error)
+            raise
 
     @property
     def runtime(self) -> Runtime:
@@ -214,8 +276,6 @@ class BaseRingAttention(nn.Module):
         return type(self), str(sorted(fields.items()))
 
     def _check_plan(self, plan: RankPlan) -> None:
-        if not isinstance(plan, RankPlan):
-            raise InputError(f"plan is a {type(plan).__name__}; get one from attn.plan(seq_len)")
         if plan.made_by != self._planning():
             raise InputError(
                 f"{plan!r} was made by an attention of another config; get one from this "
@@ -244,23 +304,38 @@ class BaseRingAttention(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._registry = state["_registry"] or default_registry
+        self._number = number_of(self)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors, cast where autocast is on; refused if they do not fit each other.
+def check_types(q: Any, k: Any, v: Any) -> None:
+    """Refuse what is no tensor of this rank.
 
     Raises:
-        InputError: names the shapes and what should be equal.
+        InputError: names it.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise InputError(f"{name} is a {type(x).__name__}, not a tensor")
         if hasattr(x, "to_local"):
             raise InputError(f"{name} is a DTensor; pass this rank's shard, {name}.to_local()")
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors as scaled_dot_product_attention would cast them; float64 stays."""
     kind = q.device.type
-    if torch.is_autocast_enabled(kind):  # as scaled_dot_product_attention does; never from float64
-        half = torch.get_autocast_dtype(kind)
-        q, k, v = (x.to(half) if x.dtype != torch.float64 else x for x in (q, k, v))
+    if not torch.is_autocast_enabled(kind):
+        return q, k, v
+    half = torch.get_autocast_dtype(kind)
+    q, k, v = (x.to(half) if x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors that do not fit each other.
+
+    Raises:
+        InputError: names the shapes and what should be equal.
+    """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise InputError(f"{shapes}: expected [batch, rows, heads, head_dim] for each")
@@ -282,7 +357,6 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
         raise InputError(
             f"{shapes}: {q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads"
         )
-    return q, k, v
 
 
 def check_against_plan(q: Tensor, k: Tensor, v: Tensor, plan: RankPlan) -> None:

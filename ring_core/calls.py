@@ -1,65 +1,69 @@
-"""One call: its number, its checks with the other ranks, and the engine under autograd."""
+"""One call: its number, its checks with the other ranks, and the engine."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ring_core import engine
 from ring_core.agreement import Signature, tag
 from ring_core.engine import Settings
-from ring_core.errors import DifferentiationError
 from ring_core.program import Program
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import Runtime, agreement_of
 
 
 class Call:
-    """One call of an attention on this rank.
+    """One call of an attention on this rank, forward or backward.
 
     Args:
         number: of the call among all that the ranks of the group make; 0 with one rank.
+        wants: of which of q, k and v gradients are wanted.
+        seed: of the weights that are dropped.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         plan: RankPlan,
-        number: int,
-        training: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        *,
+        number: int,
+        training: bool,
+        wants: tuple[bool, bool, bool],
+        seed: int,
     ) -> None:
         config = runtime.config
         dropout = config.dropout if training else 0.0
-        self.runtime, self.plan, self.number = runtime, plan, number
+        self.runtime, self.plan, self.number, self.seed = runtime, plan, number, seed
         self.group = plan.group if plan.world > 1 else None
+        self.wants = wants
         self.signature: Signature | None = None
         if self.group is not None:
-            self.signature = runtime.signature(q, k, v, plan, dropout)
-            agreement_of(self.group).check(number, self.signature, config.timeout)
-        self.communicator = runtime.communicator(plan, q.device)
+            self.signature = runtime.signature(q, k, v, plan, dropout, wants)
         self.settings = Settings(
             scale=config.scale(q.shape[-1]),
             overlap=config.overlap,
             deterministic=config.deterministic,
             dropout=dropout,
-            # Drawn from torch's CPU generator, so that checkpointing replays it.
-            seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
+            seed=seed,
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out of this rank's queries, and lse in the accumulation dtype."""
+        if self.group is not None and self.signature is not None:
+            timeout = self.runtime.config.timeout
+            agreement_of(self.group).check(self.number, self.signature, timeout)
+        communicator = self.runtime.communicator(self.plan, q.device)
         with engine.quiet(q.device), _FailingAlike(self):
             program = self._program(q, v.shape[-1])
-            return engine.forward(program, q, k, v, self.communicator, self._tagged("forward"))
+            return engine.forward(program, q, k, v, communicator, self._tagged("forward"))
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...], need_kv: bool
+        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         q, k, v, out, lse = saved
@@ -72,10 +76,10 @@ class Call:
                 v,
                 out,
                 lse,
-                self.communicator,
+                self.runtime.communicator(self.plan, q.device),
                 self._tagged("backward"),
                 dlse=dlse,
-                need_kv=need_kv,
+                need_kv=self.wants[1] or self.wants[2],
             )
 
     def _program(self, q: Tensor, value_dim: int) -> Program:
@@ -106,36 +110,3 @@ class _FailingAlike:
             return
         if agreed is not None:
             raise agreed from error
-
-
-class Ring(torch.autograd.Function):
-    """The engine under autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse = call.forward(q, k, v)
-        ctx.call = call
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        if torch.is_grad_enabled():  # create_graph=True: these gradients would carry no graph
-            raise DifferentiationError(
-                "ring attention is differentiable once: call backward or autograd.grad without "
-                "create_graph=True, or compute this layer with dense attention"
-            )
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        need_q, need_k, need_v, _ = ctx.needs_input_grad
-        dq, dk, dv = ctx.call.backward(dout, dlse, (q, k, v, out, lse), need_k or need_v)
-        return (
-            dq if need_q else None,
-            dk if need_k else None,
-            dv if need_v else None,
-            None,
-        )

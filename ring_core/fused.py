@@ -22,7 +22,8 @@ def merge_into(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[
     """Write the merge of attention over disjoint sets of keys; see :mod:`ring_core.softmax`.
 
     Args:
-        out: [B, S, H, D]. lse: [B, H, S], natural log. May be one of the sources.
+        out: [B, S, H, D], elements of a row side by side. lse: [B, H, S], natural log. May be one
+            of the sources.
         outs, lses: the sources, shaped alike; where a source's lse is -inf its out is not read.
     """
     _launch(out, lse, outs, lses)
@@ -37,16 +38,17 @@ def _launch(
     out: Tensor, lse: Tensor | None, outs: Sequence[Tensor], lses: Sequence[Tensor]
 ) -> None:
     batch, rows, heads, dim = out.shape
+    outs = [x if x.stride(-1) == 1 else x.contiguous() for x in outs]
     programs = triton.cdiv(batch * rows * heads, _ROWS)
     wide = tl.float64 if outs[0].dtype == torch.float64 else tl.float32
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
         _combine[(programs,)](
             out,
-            out.stride(),
+            out.stride()[:3],
             lse,
             () if lse is None else lse.stride(),
             tuple(outs),
-            tuple(x.stride() for x in outs),
+            tuple(x.stride()[:3] for x in outs),
             tuple(lses),
             tuple(x.stride() for x in lses),
             batch * rows * heads,
@@ -102,7 +104,7 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     for i in tl.static_range(N):
         strides = outs_strides[i]
         at = (b * strides[0] + row * strides[1] + head * strides[2])[:, None]
-        at += column[None, :] * strides[3]
+        at += column[None, :]
         if MERGE:
             where = b * lses_strides[i][0] + head * lses_strides[i][1] + row * lses_strides[i][2]
             weight = tl.exp(tl.load(lses[i] + where, inside, other=float("-inf")).to(WIDE) - pivot)
@@ -118,5 +120,5 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
         at = b * lse_strides[0] + head * lse_strides[1] + row * lse_strides[2]
         tl.store(lse + at, merged, inside)
     at = (b * out_strides[0] + row * out_strides[1] + head * out_strides[2])[:, None]
-    at += column[None, :] * out_strides[3]
+    at += column[None, :]
     tl.store(out + at, summed.to(out.dtype.element_ty), box)

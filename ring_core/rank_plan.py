@@ -14,6 +14,7 @@ from ring_core import groups
 from ring_core.errors import InputError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
+from ring_core.operator import number_of
 from ring_core.plan import Plan
 from ring_core.sequences import Sequences
 
@@ -25,6 +26,7 @@ class RankPlan:
         plan: the plan itself, the same on every rank.
         sequences: what was asked for.
         rank, world: this process's place in the group.
+        number: stands for the plan in operators of this process.
         made_by: what the plan depends on beside the sequence; attentions refuse others' plans.
     """
 
@@ -36,6 +38,7 @@ class RankPlan:
         self.sequences = sequences
         self.group = group
         self.rank, self.world = groups.rank_and_world(group)
+        self.number = number_of(self)
 
     def __repr__(self) -> str:
         return (
@@ -49,6 +52,7 @@ class RankPlan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.group = None if state["group"] is None else groups.by_name(state["group"])
+        self.number = number_of(self)
 
     @property
     def local_len(self) -> int:

@@ -156,11 +156,15 @@ class Runtime:
         return made[device.type]
 
     def signature(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, dropout: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan,
+        dropout: float,
+        wants: tuple[bool, ...],
     ) -> Signature:
         """What ranks compare before the first call of this kind."""
-        graph = torch.is_grad_enabled()
-        wants = tuple(graph and x.requires_grad for x in (q, k, v))
         key = (plan, q.shape, k.shape, v.shape, q.dtype, q.device.type, wants, dropout)
         return self._signatures.get(key, lambda: self._signature(q, k, v, plan, wants, dropout))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import planners
-from ring_core import registry
+from ring_core import reference, registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.case import Result, expected_of
@@ -153,3 +153,71 @@ def test_two_blocks_of_keys_are_held_whatever_the_world_size(
     seq_len = 64 * world
     most = max(cpu_pool.run(memory_in_flight, seq_len, world=world, fresh=True))
     assert most <= 2 * 2 * (seq_len // world) * 4
+
+
+class Rounding:
+    """A kernel whose results come in the inputs' dtype; exact where that is float64."""
+
+    def __init__(self, kernel):
+        self.kernel, self.rounds = kernel, True
+
+    def __getattr__(self, name):
+        return getattr(self.kernel, name)
+
+
+def run_in_rounds(worker: Worker, case: Case, shards: float, rounds: bool) -> Result | None:
+    """The case through rounds of several steps, with a kernel that rounds or does not."""
+    from one_sided import OneSided
+
+    attention, plan, (q, k, v, dout, dlse) = build(worker, case)
+    communicator = OneSided(worker.group, 60.0)
+    communicator.shards = shards
+    runtime = attention.runtime
+    runtime._communicators.setdefault(worker.group, {})["cpu"] = communicator
+    if rounds:
+        plain = runtime.kernel
+        runtime.kernel = lambda problem: Rounding(plain(problem))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*leaves, plan=plan, return_lse=True)
+    torch.autograd.backward((out, lse), (dout, dlse))
+    whole = Result(
+        plan.unshard(out.detach()),
+        plan.unshard(lse.detach(), dim=2),
+        *(plan.unshard(x.grad, kv=i > 0) for i, x in enumerate(leaves)),
+    )
+    return whole if worker.rank == 0 else None
+
+
+@pytest.mark.parametrize(
+    ("world", "shards", "rounds"),
+    [(2, 3, False), (3, 1.5, True), (4, 3, True), (8, 3, False), (8, 9, True)],
+)
+def test_rounds_of_several_steps_equal_the_reference(
+    cpu_pool: RankPool, world: int, shards: float, rounds: bool
+) -> None:
+    for fields in (
+        {},
+        {"causal": True},
+        {"causal": True, "layout": "striped"},
+        {"causal": True, "window": (9, None), "layout": "contiguous"},
+        {"window": (3, 9)},
+    ):
+        for sizes in (
+            {"seq_len": 16 * world + 3, "batch": 2, "value_dim": 12},
+            {"cu_seqlens": (0, 1, 14, 14, 41, 43)},
+            {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
+            {"seq_len": 13, "kv_len": 40},
+        ):
+            case = Case(fields=fields, **sizes)
+            seen = reference.visible(
+                case.q_len,
+                case.k_len,
+                causal=fields.get("causal", False),
+                window=fields.get("window"),
+                cu_seqlens=case.cu_seqlens,
+            )
+            if case.lengths is not None:
+                seen = reference.within_lengths(seen, case.lengths)
+            result = cpu_pool.run(run_in_rounds, case, shards, rounds, world=world)[0]
+            errors = result.errors(expected_of(case, seen))
+            assert all(error < 1e-10 for error in errors.values()), (case, errors)

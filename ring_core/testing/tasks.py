@@ -77,7 +77,9 @@ def special_calls(worker: Worker, how: str, case: Case, hidden: Tensor | None) -
         out, lse = checkpoint(call, *leaves, use_reentrant=True)
     elif how == "compile":
         out, lse = torch.compile(
-            lambda *x: tuple(y * 1.0 for y in call(*(z + 0 for z in x))), backend="aot_eager"
+            lambda *x: tuple(y * 1.0 for y in call(*(z + 0 for z in x))),
+            backend="aot_eager",
+            fullgraph=True,
         )(*leaves)
     elif how == "autocast":
         with torch.autocast(worker.device.type, dtype=torch.bfloat16):

@@ -1,65 +1,62 @@
-"""Let the ranks of any group meet for symmetric memory, whatever other groups did before."""
+"""What the ranks of a group tell each other before they share memory, and how they do so."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from contextlib import suppress
+import json
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _SymmetricMemory
+import torch.distributed._symmetric_memory as symmetric
+from torch import Tensor
 
+from ring_core.errors import CommunicatorError
 from ring_core.groups import rank_and_world, store_of
 
-_NUMBERED = re.compile(r"(?P<what>.*)/(?P<number>\d+)/(?P<rank>\d+)")
+_SECONDS = 60
+_BYTES = 256
+
+_met = 0
+_alone: list[Any] = []
 
 
-def prepare(group: Any) -> None:
-    """Have torch's rendezvous in ``group`` use a store that counts by group.
+def compare(group: Any, what: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What every rank of the group says, by rank; every rank comes here alike.
 
-    torch (2.11 at least) numbers its exchanges by process, not by group: ranks that made unequally
-    many in other groups would wait for each other's for ever.
+    Raises:
+        CommunicatorError: a rank did not say anything in time.
     """
     rank, world = rank_and_world(group)
-    store = dist.PrefixStore("ring_attention/symmetric", store_of(group))
-    with suppress(RuntimeError):  # somebody else's rendezvous came first in this group
-        _SymmetricMemory.set_group_info(group.group_name, rank, world, _CountedByGroup(store))
+    store = store_of(group)
+    # A store may outlive the group, as a launcher's does; its next group reads other keys.
+    turn = store.add(f"ring_attention/symmetric/{what}/turn/{rank}", 1)
+    keys = [f"ring_attention/symmetric/{what}/{turn}/{peer}" for peer in range(world)]
+    store.set(keys[rank], json.dumps(mine))
+    try:
+        store.wait(keys, timedelta(seconds=_SECONDS))
+    except RuntimeError as error:
+        raise CommunicatorError(
+            f"rank {rank} of {world}: some rank did not say its {what} within {_SECONDS} s: {error}"
+        ) from error
+    return [json.loads(store.get(key)) for key in keys]
 
 
-class _CountedByGroup(dist.Store):
-    """A store in whose keys ``what/number/rank`` numbers are 0, 1, ... by first use here."""
+def share(memory: Tensor, group: Any) -> Any:
+    """torch's handle for ``memory`` and that of the peers, which is as large.
 
-    def __init__(self, inner: dist.Store) -> None:
-        super().__init__()
-        self._inner = inner
-        self._numbers: dict[tuple[str, str], int] = {}
-
-    def _key(self, key: str) -> str:
-        found = _NUMBERED.fullmatch(key)
-        if not found:
-            return key
-        what, number = found["what"], found["number"]
-        used = sum(1 for other, _ in self._numbers if other == what)
-        return f"{what}/{self._numbers.setdefault((what, number), used)}/{found['rank']}"
-
-    def set(self, key: str, value: Any) -> None:
-        self._inner.set(self._key(key), value)
-
-    def get(self, key: str) -> bytes:
-        return self._inner.get(self._key(key))
-
-    def add(self, key: str, value: int) -> int:
-        return self._inner.add(self._key(key), value)
-
-    def check(self, keys: Sequence[str]) -> bool:
-        return self._inner.check([self._key(key) for key in keys])
-
-    def wait(self, keys: Sequence[str], *timeout: Any) -> None:
-        self._inner.wait([self._key(key) for key in keys], *timeout)
-
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        return self._inner.multi_get([self._key(key) for key in keys])
-
-    def has_extended_api(self) -> bool:
-        return self._inner.has_extended_api()
+    torch (2.11 at least) numbers the exchanges of its rendezvous by process, not by group: ranks
+    that made unequally many, in groups of other ranks, would wait for each other's for ever. So
+    those that made fewer make up for it alone first.
+    """
+    global _met
+    most = max(said["meetings"] for said in compare(group, "meetings", {"meetings": _met}))
+    while _met < most:
+        if not _alone:
+            _alone.append(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+        filler = symmetric.empty(_BYTES, dtype=torch.uint8, device=memory.device)
+        symmetric.rendezvous(filler, _alone[0].group_name)
+        _met += 1
+    _met += 1
+    return symmetric.rendezvous(memory, group.group_name)

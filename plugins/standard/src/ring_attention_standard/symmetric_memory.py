@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +16,11 @@ import torch
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from ring_attention_standard import meeting
+from ring_attention_standard.meeting import compare, share
 from ring_attention_standard.signals import LARGEST, Signals
 from ring_core.communication import RingCommunicationMixin
 from ring_core.errors import CommunicatorError
-from ring_core.groups import rank_and_world, store_of
+from ring_core.groups import rank_and_world
 from ring_core.protocols import Pending
 from ring_core.rounds import Part, Round, Step
 from ring_core.rows import block_views, blocks_numel, part_views, parts_numel, select
@@ -30,7 +29,6 @@ from ring_core.softmax import gradient_dtype
 _ALIGNED = 256
 """Bytes: tensors begin at multiples of it."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SECONDS = 60
 _ALLOW_SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
@@ -52,7 +50,6 @@ class SymmetricMemory(RingCommunicationMixin):
     def __init__(self, group: Any, timeout: float) -> None:
         super().__init__(group, timeout)
         if group not in _regions:
-            meeting.prepare(group)
             _regions[group] = _Region(group)
         self._region = _regions[group]
 
@@ -86,8 +83,7 @@ class SymmetricMemory(RingCommunicationMixin):
                         there = select(region.shard(step.source, tensors, i), part.rows, part.heads)
                         here = views[i][part.block][:, part.row : part.row + len(part.rows)]
                         here.unflatten(1, there.shape[1:3]).copy_(there)
-                    self.counters.bytes_sent += parts_numel(step.give, x) * x.element_size()
-                    self.counters.bytes_received += parts_numel(step.parts, x) * x.element_size()
+                    self._count(step, step.give, step.parts, x, x.dtype)
             self.counters.transfers += 1
         return _Transfer(self, list(zip(*views, strict=True)), flats)
 
@@ -110,13 +106,24 @@ class SymmetricMemory(RingCommunicationMixin):
                     for slot, part in zip(theirs, gradients[place], strict=True):
                         slot.copy_(part[i])
                     mine.append(region.slot(self.rank, one, place, like, i, step.give))
-                    self.counters.bytes_sent += parts_numel(step.parts, x) * dtype.itemsize
-                    self.counters.bytes_received += parts_numel(step.give, x) * dtype.itemsize
+                    self._count(step, step.parts, step.give, x, dtype)
                 received.append(list(zip(*mine, strict=True)))
             region.barrier(f"gradients of {'odd' if one.number % 2 else 'even'} rounds")
             self.counters.transfers += 1
         # What is being pushed, and the slots' memory, live until the caller's stream waited.
         return _Transfer(self, received, [], kept=(gradients, region.slots.memory))
+
+    def _count(
+        self,
+        step: Step,
+        sent: Sequence[Part],
+        received: Sequence[Part],
+        like: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        if step.source != self.rank:
+            self.counters.bytes_sent += parts_numel(sent, like) * dtype.itemsize
+            self.counters.bytes_received += parts_numel(received, like) * dtype.itemsize
 
     def _buffer(self, numel: int, like: Tensor) -> Tensor:
         """From the pool; a captured graph keeps its own."""
@@ -156,8 +163,8 @@ class _Transfer:
 class _Memory:
     """Bytes that every rank of a group has at hand, of itself and of each peer."""
 
-    def __init__(self, group_name: str) -> None:
-        self._group_name = group_name
+    def __init__(self, group: Any) -> None:
+        self._group = weakref.ref(group)  # the group's region holds this
         self._handle: Any = None
         self._captured: list[Any] = []
         self.memory: Tensor | None = None
@@ -175,7 +182,7 @@ class _Memory:
         device = torch.device("cuda", torch.cuda.current_device())
         self.memory = symmetric.empty(max(size, _ALIGNED), dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize()
-        self._handle = symmetric.rendezvous(self.memory, self._group_name)
+        self._handle = share(self.memory, self._group())
 
     def at(self, rank: int, start: int, numel: int, dtype: torch.dtype) -> Tensor:
         """``rank``'s elements from byte ``start`` on, flat."""
@@ -191,8 +198,7 @@ class _Region:
     """
 
     def __init__(self, group: Any) -> None:
-        name = group.group_name
-        self.keys, self.slots, self._words = _Memory(name), _Memory(name), _Memory(name)
+        self.keys, self.slots, self._words = _Memory(group), _Memory(group), _Memory(group)
         self._rank, self._world = rank_and_world(group)
         self._stream: torch.cuda.Stream | None = None
         self._signals: Signals | None = None
@@ -299,7 +305,7 @@ def _why_apart(group: Any, device: torch.device) -> str | None:
         "host": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else platform.node(),
         "gpu": str(torch.cuda.get_device_properties(index).uuid),
     }
-    places = _compare(group, "places", here)
+    places = compare(group, "place", here)
     if len({place["host"] for place in places}) > 1:
         return "the group spans several hosts"
     shared = len({place["gpu"] for place in places}) < len(places)
@@ -311,26 +317,8 @@ def _why_apart(group: Any, device: torch.device) -> str | None:
     peers = (visible.get(place["gpu"], index) for place in places)
     apart = [i for i in peers if i != index and not torch.cuda.can_device_access_peer(index, i)]
     trouble = f"GPU {index} has no direct access to {apart}" if apart else None
-    found = [answer["trouble"] for answer in _compare(group, "reach", {"trouble": trouble})]
+    found = [answer["trouble"] for answer in compare(group, "reach", {"trouble": trouble})]
     return next((reason for reason in found if reason), None)
-
-
-def _compare(group: Any, what: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every rank of the group says, by rank."""
-    rank, world = rank_and_world(group)
-    store = store_of(group)
-    # A store may outlive the group, as a launcher's does; its next group reads other keys.
-    turn = store.add(f"ring_attention/symmetric/{what}/{rank}", 1)
-    keys = [f"ring_attention/symmetric/{what}/{turn}/{peer}" for peer in range(world)]
-    store.set(keys[rank], json.dumps(mine))
-    try:
-        store.wait(keys, timedelta(seconds=_SECONDS))
-    except RuntimeError as error:
-        raise CommunicatorError(
-            f"rank {rank} of {world}: some rank did not say within {_SECONDS} s where its GPU is: "
-            f"{error}"
-        ) from error
-    return [json.loads(store.get(key)) for key in keys]
 
 
 _regions: WeakKeyDictionary[Any, _Region] = WeakKeyDictionary()

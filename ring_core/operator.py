@@ -1,0 +1,157 @@
+"""The attention as one operator of torch's dispatcher: ``ring_attention::attend``.
+
+``torch.compile`` keeps it whole in its graph, and selective activation checkpointing can name it
+and keep its output instead of repeating its communication. Attentions and plans travel as numbers:
+the operator looks up what they stand for.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ring_core.errors import DifferentiationError
+from ring_core.softmax import accumulation_dtype
+
+if TYPE_CHECKING:
+    from ring_core.attention import BaseRingAttention
+    from ring_core.rank_plan import RankPlan
+
+_numbers = count(1)
+_known: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+NO_PLAN = 0
+"""Stands for the plan that the inputs' shape implies."""
+
+
+def number_of(thing: Any) -> int:
+    """A number that stands for ``thing`` in this process while it lives."""
+    number = next(_numbers)
+    _known[number] = thing
+    return number
+
+
+def attend(
+    attention: int, plan: int, q: Tensor, k: Tensor, v: Tensor, training: bool
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of a call; see :meth:`ring_core.attention.BaseRingAttention.forward`."""
+    graph = torch.is_grad_enabled()
+    wants = [graph and x.requires_grad for x in (q, k, v)]
+    out, lse, _ = torch.ops.ring_attention.attend(q, k, v, attention, plan, training, wants)
+    return out, lse
+
+
+@torch.library.custom_op(
+    "ring_attention::attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int attention, SymInt plan, bool training, "
+    "bool[] wants) -> (Tensor, Tensor, Tensor)",
+)
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention: int,
+    plan: int,
+    training: bool,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse, and what the backward must know of the call: its number and seed, int64 [2]."""
+    module, rank_plan = _meant(attention, plan)
+    call = module.begin(q, k, v, rank_plan, training, (wants[0], wants[1], wants[2]))
+    out, lse = call.forward(q, k, v)
+    return out.contiguous(), lse.contiguous(), torch.tensor([call.number, call.seed])
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, attention: int, plan: int, training: bool, wants: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, heads, _ = q.shape
+    return (
+        q.new_empty(batch, rows, heads, v.shape[-1]),
+        q.new_empty(batch, heads, rows, dtype=accumulation_dtype(q.dtype)),
+        torch.empty(2, dtype=torch.int64, device="cpu"),
+    )
+
+
+@torch.library.custom_op(
+    "ring_attention::attend_backward",
+    mutates_args=(),
+    schema="(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor call, int attention, SymInt plan, bool training, bool[] wants) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _attend_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: Tensor,
+    attention: int,
+    plan: int,
+    training: bool,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    module, rank_plan = _meant(attention, plan)
+    number, seed = call.tolist()
+    again = module.resume(
+        q, k, v, rank_plan, training, (wants[0], wants[1], wants[2]), number, seed
+    )
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = again.backward(dout, dlse, (q, k, v, out, lse))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attend_backward.register_fake
+def _(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, attention, plan, training, wants = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+    ctx.rest = attention, plan, training, wants
+    # A tracer's plan is a symbol; whoever runs its graph has the plan.
+    ctx.alive = [_known.get(number) for number in (attention, plan) if type(number) is int]
+
+
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    found = torch.ops.ring_attention.attend_backward(dout, dlse, *ctx.saved_tensors, *ctx.rest)
+    wanted = ctx.needs_input_grad
+    gradients = [x if wanted[i] else None for i, x in enumerate(found)]
+    return (*gradients, None, None, None, None)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise DifferentiationError(
+        "ring attention is differentiable once: these gradients were computed with "
+        "create_graph=True, and cannot be differentiated again; compute this layer with dense "
+        "attention"
+    )
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend_backward.register_autograd(_refuse)
+
+
+def _meant(attention: int, plan: int) -> tuple[BaseRingAttention, RankPlan | None]:
+    return _known[attention], None if plan == NO_PLAN else _known[plan]

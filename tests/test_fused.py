@@ -1,0 +1,146 @@
+"""The one-pass merge: in Triton's interpreter, compiled for a GPU, and under the accumulators."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ring_core.accumulation import cells
+
+
+def _elsewhere(code: str, **environment: str) -> None:
+    """In a process of its own: the interpreter is chosen when the kernel is first imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def interpret() -> None:
+    """Called by the test below, in the interpreter's process."""
+    from ring_core.fused import merge_into, sum_into
+
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 2e-2)):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        torch.manual_seed(0)
+        # Rows of larger tensors, a head size that is no power of two, one source or several.
+        for count in (1, 2, 3, 4):
+            outs = [torch.randn(2, 10, 3, 20).to(dtype)[:, 2:7] for _ in range(count)]
+            lses = [torch.randn(2, 3, 9).to(wide)[:, :, 1:6] for _ in range(count)]
+            for lse in lses:
+                lse[:, :, 1] = -torch.inf  # this row saw nothing anywhere
+            lses[0][:, :, 0] = -torch.inf
+            outs[0][:, :2] = torch.nan  # what a kernel leaves there is its own business
+            out = torch.full((2, 8, 3, 20), 7.0, dtype=dtype)
+            lse = torch.full((2, 3, 8), 7.0, dtype=wide)
+            merge_into(out[:, 1:6], lse[:, :, 1:6], outs, lses)
+            together = torch.stack(lses).double()
+            right_lse = torch.logsumexp(together, 0)
+            weights = torch.exp(together - right_lse.masked_fill(right_lse == -torch.inf, 0))
+            right = sum(
+                torch.where(w > 0, o.double(), 0) * w
+                for o, w in zip(outs, weights.transpose(2, 3)[..., None], strict=True)
+            )
+            assert (out[:, 1:6].double() - right).abs().max() < bound
+            assert torch.equal(lse[:, :, 1:6] == -torch.inf, right_lse == -torch.inf)
+            seen = right_lse > -torch.inf
+            assert (lse[:, :, 1:6].double() - right_lse)[seen].abs().max() < max(bound, 1e-6) / 2
+            assert (out[:, 0] == 7).all()
+            assert (out[:, 6:] == 7).all()
+            assert (lse[:, :, 6:] == 7).all()
+
+            parts = [torch.randn(2, 5, 3, 20).to(dtype) for _ in range(count)]
+            total = sum(part.double() for part in parts)
+            sum_into(parts[0], parts)  # over one of its sources
+            assert (parts[0].double() - total).abs().max() < 2 * bound
+
+
+def accumulate() -> None:
+    """Accumulators through the kernel give what they give through the accumulation dtype."""
+    from ring_core import accumulation
+    from ring_core.accumulation import Merge, Place, Sum
+    from ring_core.plan import Rows
+
+    runs = [(0, 12), (6, 6), (0, 6), (3, 5), (0, 12), (11, 1), (2, 9)]
+    torch.manual_seed(0)
+    q = torch.randn(2, 12, 4, 8)
+    tiles = [(Rows(a, n), torch.randn(2, n, 4, 8), torch.randn(2, 4, n)) for a, n in runs]
+    for count in range(1, len(runs) + 1):
+        for first in range(2):  # the first may cover all rows, or leave some unseen
+            chosen = tiles[first : first + count]
+            found = {}
+            for fused in (False, True):
+                accumulation.is_fused = lambda device, fused=fused: fused
+                merged, total, settled = Merge(q, 8, 2), Sum.of(q, 2), Sum.of(q, 2)
+                for rows, out, lse in chosen:
+                    merged.add(Place(rows), out.clone(), lse.clone())
+                    total.add(Place(rows), out.clone())
+                    settled.add(Place(rows), out.clone(), borrowed=True)
+                    settled.settle()
+                block = total.rows(range(3, 5), torch.float32).clone()
+                found[fused] = (*merged.result(), total.result(), settled.result(), block)
+            for a, b in zip(found[False], found[True], strict=True):
+                assert torch.allclose(a, b, atol=1e-5), (count, first)
+
+
+def compile_for_a_gpu() -> None:
+    """The kernel is compiled to machine code of Hopper, on whatever machine this is."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ring_core import fused
+
+    names = fused._combine.arg_names
+    for merge in (False, True):
+        n = 3
+        signature = dict.fromkeys(names, "i32")
+        signature.update(
+            out="*bf16",
+            out_strides=("i64",) * 3,
+            lse="*fp32",
+            lse_strides=("i64",) * 3,
+            outs=("*bf16",) * n,
+            outs_strides=(("i64",) * 3,) * n,
+            lses=("*fp32",) * n,
+            lses_strides=(("i64",) * 3,) * n,
+        )
+        constants = {"WIDE": tl.float32, "N": n, "MERGE": merge, "PAIRS": 16, "D": 128}
+        signature.update(dict.fromkeys(constants, "constexpr"))
+        source = ASTSource(
+            fused._combine,
+            signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert len(compiled.asm["cubin"]) > 1000
+
+
+def test_merges_and_sums_equal_the_definition():
+    _elsewhere("import test_fused; test_fused.interpret()", TRITON_INTERPRET="1")
+
+
+def test_accumulators_give_the_same_with_it():
+    _elsewhere("import test_fused; test_fused.accumulate()", TRITON_INTERPRET="1")
+
+
+def test_it_compiles_for_a_gpu():
+    _elsewhere("import test_fused; test_fused.compile_for_a_gpu()")
+
+
+def test_cells_cover_all_rows_once():
+    runs = [range(5), range(3, 9), range(9, 9)]
+    found = list(cells(runs, 12))
+    assert [(rows.start, rows.stop) for rows, _ in found] == [(0, 3), (3, 5), (5, 9), (9, 12)]
+    assert [members for _, members in found] == [[0], [0, 1], [1], []]
