@@ -1,30 +1,34 @@
 """Exact causal attention on several GPUs: time, memory and error, beside peers and the ideal.
 
 ``python benchmarks/gpu.py --output benchmarks/results`` on a machine with GPUs writes a page, a
-picture and the numbers. Ideal: the same kernel family on one GPU over the whole sequence, divided
-by the number of GPUs. Efficiency: ideal over measured. Contenders take turns; figures are medians.
+picture and the numbers; without ``--output`` it prints the page. Ideal: the same kernel family on
+one GPU over the whole sequence, divided by the number of GPUs. Efficiency: ideal over measured.
+Contenders take turns; figures are medians of the slowest rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
-import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import accuracy
 import torch
 import torch.distributed as dist
+from measuring import Entry
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peers import CannotRunError, Contender, Problem
+import hardware
+from peers import CannotRunError, Contender, Problem, context_parallel, ours, ring_flash_attn
 from ring_core.launching import Worker, launch
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DTYPE = torch.bfloat16
-SECONDS_A_TURN = 0.25
+LONGEST_COMPARED = 65536
+"""Tokens up to which errors are computed: float64 on the GPU takes its time."""
 
 
 def whole(tokens: int, seed: int = 0) -> list[torch.Tensor]:
@@ -36,173 +40,28 @@ def whole(tokens: int, seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-def milliseconds(run, repeats: int) -> float:
-    """Per run, back to back, as a training step makes them."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / repeats
+def mixed(tokens: int) -> tuple[int, ...]:
+    """Ends of 12 documents whose lengths go from 1/78 of the tokens to 12/78, in a mixed order."""
+    ends = [0]
+    for size in (7, 2, 11, 4, 9, 1, 12, 5, 3, 10, 6, 8):
+        ends.append(ends[-1] + size)
+    return tuple(end * tokens // 78 for end in ends)
 
 
-class Entry:
-    """A contender with its tensors on this rank."""
-
-    def __init__(self, contender: Contender, tensors: list[torch.Tensor], alone: bool) -> None:
-        self.contender, self.alone = contender, alone
-        self.q, self.k, self.v, self.dout = (contender.shard(x).contiguous() for x in tensors)
-        self.leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
-        self.times: dict[str, list[float]] = {"forward": [], "both": []}
-        self.host: dict[str, float] = {}
-        self.memory: dict[str, int] = {}
-
-    def forward(self) -> None:
-        with torch.no_grad():
-            self.contender.attend(self.q, self.k, self.v)
-
-    def both(self) -> None:
-        out = self.contender.attend(*self.leaves)
-        torch.autograd.grad(out, self.leaves, self.dout)
-
-    def warm(self) -> None:
-        for run in (self.forward, self.both):
-            for _ in range(3):
-                run()
-            torch.cuda.synchronize()
-        for name, run in (("forward", self.forward), ("both", self.both)):
-            if not self.alone:
-                dist.barrier()
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            run()
-            self.host[name] = 1e3 * (time.perf_counter() - started)
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        self.both()
-        torch.cuda.synchronize()
-        seconds = torch.tensor(time.perf_counter() - started, device="cuda")
-        if not self.alone:  # the ranks must make equally many runs
-            dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        self.repeats = max(2, min(30, int(SECONDS_A_TURN / float(seconds))))
-
-    def measure_memory(self) -> None:
-        outputs = {"forward": self.q.nbytes, "both": self.q.nbytes * 2 + 2 * self.k.nbytes}
-        for name, run in (("forward", self.forward), ("both", self.both)):
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            torch.cuda.synchronize()
-            self.memory[name] = torch.cuda.max_memory_allocated() - before - outputs[name]
-
-    def turn(self) -> None:
-        for name, run in (("forward", self.forward), ("both", self.both)):
-            if not self.alone:
-                dist.barrier()
-            torch.cuda.synchronize()
-            self.times[name].append(milliseconds(run, self.repeats))
-
-
-def ideal(kernel: str, documents: tuple[int, ...] | None) -> Contender:
-    """One GPU, the whole sequence: our own call without a group, which is the kernel alone."""
-    from ring_core import registry
-
-    attention = registry.create(
-        "standard",
-        causal=True,
-        kernel=kernel,
-        group=dist.new_group([dist.get_rank()], use_local_synchronization=True),
-    )
-
-    def attend(q, k, v):
-        plan = (
-            attention.plan(q.shape[1])
-            if documents is None
-            else attention.plan(cu_seqlens=documents)
-        )
-        return attention(q, k, v, plan=plan)
-
-    return Contender("one GPU", kernel, lambda x: x, attend)
-
-
-def errors(
-    entry: Entry, tensors: list[torch.Tensor], rows: int, documents
-) -> dict[str, float] | None:
-    """Relative error of out and gradients on a slice of rows, against float64.
-
-    out and dq: the last queries, with all their keys. dk and dv: the last keys, which they alone
-    see.
-    """
-    gather = entry.contender.gather
-    if gather is None:
-        return None
-    out = entry.contender.attend(*entry.leaves)
-    found = [gather(x) for x in (out, *torch.autograd.grad(out, entry.leaves, entry.dout))]
-    out, dq, dk, dv = (x.detach().double() for x in found)
-    q, k, v, dout = (x.double() for x in tensors)
-    tokens = q.shape[1]
-    worst = {}
-    group = HEADS // KV_HEADS
-    scale = HEAD_DIM**-0.5
-    wanted = {name: [] for name in ("out", "dq", "dk", "dv")}
-    for h in (0, HEADS - 1):
-        kh, vh = k[0, :, h // group], v[0, :, h // group]
-        chosen = torch.arange(tokens - rows, tokens, device="cuda")
-        seen = torch.arange(tokens, device="cuda")[None] <= chosen[:, None]
-        p = (q[0, chosen, h] @ kh.T * scale).masked_fill(~seen, -torch.inf).softmax(-1)
-        o = p @ vh
-        ds = (
-            p * (dout[0, chosen, h] @ vh.T - (dout[0, chosen, h] * o).sum(-1, keepdim=True)) * scale
-        )
-        wanted["out"].append((out[0, chosen, h], o))
-        wanted["dq"].append((dq[0, chosen, h], ds @ kh))
-    for kh in (0, KV_HEADS - 1):  # the last keys are seen by the last queries alone
-        chosen = torch.arange(tokens - rows, tokens, device="cuda")
-        dk_, dv_ = 0, 0
-        for h in range(kh * group, (kh + 1) * group):
-            seen = torch.arange(tokens, device="cuda")[None] <= chosen[:, None]
-            p = (q[0, chosen, h] @ k[0, :, kh].T * scale).masked_fill(~seen, -torch.inf).softmax(-1)
-            o = p @ v[0, :, kh]
-            ds = (
-                p
-                * (
-                    dout[0, chosen, h] @ v[0, :, kh].T
-                    - (dout[0, chosen, h] * o).sum(-1, keepdim=True)
-                )
-                * scale
-            )
-            dk_ = dk_ + ds[:, chosen].T @ q[0, chosen, h]
-            dv_ = dv_ + p[:, chosen].T @ dout[0, chosen, h]
-        wanted["dk"].append((dk[0, chosen, kh], dk_))
-        wanted["dv"].append((dv[0, chosen, kh], dv_))
-    for name, pairs in wanted.items():
-        difference = torch.stack([a - b for a, b in pairs]).norm()
-        worst[name] = float(difference / torch.stack([b for _, b in pairs]).norm())
-    return worst
-
-
-def contenders(problem: Problem, kernels: list[str], with_peers: bool):
+def contenders(
+    problem: Problem, kernels: Sequence[str], with_peers: bool
+) -> Iterator[tuple[str, Contender | str]]:
     """Each that can run, and why the others cannot."""
-    from peers import context_parallel, ours, ring_flash_attn
-
-    makers = [
-        (f"ours, {kernel}", lambda kernel=kernel: ours.contender(problem, kernel))
-        for kernel in kernels
-    ]
-    makers.append(
-        (
-            f"ours, {kernels[0]}, p2p",
-            lambda: ours.contender(problem, kernels[0], communicator="p2p"),
-        )
+    makers = {
+        f"ours, {kernel}": (lambda k=kernel: ours.contender(problem, k)) for kernel in kernels
+    }
+    makers[f"ours, {kernels[0]}, p2p"] = lambda: ours.contender(
+        problem, kernels[0], communicator="p2p"
     )
     if with_peers:
-        makers += [
-            ("ring-flash-attn", lambda: ring_flash_attn.contender(problem)),
-            ("torch context_parallel", lambda: context_parallel.contender(problem)),
-        ]
-    for name, make in makers:
+        makers["ring-flash-attn zigzag"] = lambda: ring_flash_attn.contender(problem)
+        makers["torch context_parallel"] = lambda: context_parallel.contender(problem)
+    for name, make in makers.items():
         try:
             yield name, make()
         except CannotRunError as error:
@@ -210,30 +69,36 @@ def contenders(problem: Problem, kernels: list[str], with_peers: bool):
 
 
 def measure(
-    worker: Worker, tokens: int, kernels: list[str], turns: int, with_peers: bool, documents
-) -> dict:
+    worker: Worker,
+    per_rank: int,
+    kernels: Sequence[str],
+    turns: int,
+    with_peers: bool,
+    packed: bool,
+) -> dict[str, Any]:
     """One length: every contender, and the ideal of each kernel family, taking turns."""
-    torch.cuda.set_device(worker.device)
     dist.barrier()
+    tokens = per_rank * worker.world
+    documents = mixed(tokens) if packed else None
     problem = Problem(tokens, HEADS, KV_HEADS, HEAD_DIM, dist.group.WORLD, documents)
     tensors = whole(tokens)
+    rows: dict[str, dict[str, Any]] = {}
     entries: dict[str, Entry] = {}
     skipped: dict[str, str] = {}
-    families = dict.fromkeys([*kernels, "flash"] if with_peers else kernels)
-    for kernel in families:
-        entries[f"ideal, {kernel}"] = Entry(ideal(kernel, documents), tensors, alone=True)
+    for kernel in dict.fromkeys([*kernels, *(["flash"] if with_peers else [])]):
+        entries[f"one GPU, {kernel}"] = Entry(ours.alone(problem, kernel), tensors, alone=True)
     for name, contender in contenders(problem, kernels, with_peers):
         if isinstance(contender, str):
             skipped[name] = contender
         else:
             entries[name] = Entry(contender, tensors, alone=False)
-    found: dict[str, dict] = {}
     for name in list(entries):
         try:
             entries[name].warm()
             entries[name].measure_memory()
-            if not entries[name].alone and tokens <= 65536 and documents is None:
-                found[name] = {"error": errors(entries[name], tensors, 256, documents)}
+            rows[name] = {"kernel": entries[name].contender.kernel}
+            if not entries[name].alone and tokens <= LONGEST_COMPARED and not packed:
+                rows[name]["error"] = accuracy.errors(entries[name], tensors)
         except Exception as error:
             skipped[name] = f"{type(error).__name__}: {str(error)[:300]}"
             del entries[name]
@@ -241,28 +106,80 @@ def measure(
     for _ in range(turns):
         for entry in entries.values():
             entry.turn()
+    shard = 2 * per_rank * KV_HEADS * HEAD_DIM * DTYPE.itemsize
     for name, entry in entries.items():
-        found.setdefault(name, {})
-        found[name]["kernel"] = entry.contender.kernel
-        found[name]["host"] = entry.host
         for key, times in entry.times.items():
-            worst = torch.tensor(statistics.median(times), device="cuda")
-            dist.all_reduce(worst, dist.ReduceOp.MAX)
-            found[name][key] = float(worst)
-        found[name]["range"] = [min(entry.times["both"]), max(entry.times["both"])]
-        for key, extra in entry.memory.items():
-            most = torch.tensor(float(extra), device="cuda")
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            found[name][f"{key} extra, shards"] = float(most) / (
-                2 * tokens // worker.world * KV_HEADS * HEAD_DIM * 2
-            )
-    for name, row in found.items():
-        base = found.get(f"ideal, {row['kernel']}")
-        if base and not name.startswith("ideal"):
+            rows[name][key] = _slowest(statistics.median(times))
+            rows[name][f"{key} shards"] = _slowest(entry.memory[key]) / shard
+        rows[name]["host"] = entry.host
+        rows[name]["spread"] = max(entry.times["both"]) / min(entry.times["both"]) - 1
+    for row in rows.values():
+        base = rows.get(f"one GPU, {row['kernel']}")
+        if base is not None and base is not row:
             row["efficiency"] = {
                 key: base[key] / worker.world / row[key] for key in ("forward", "both")
             }
-    return {"tokens": tokens, "world": worker.world, "found": found, "skipped": skipped}
+    return {
+        "per_rank": per_rank,
+        "world": worker.world,
+        "packed": packed,
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def _slowest(figure: float) -> float:
+    on_all = torch.tensor(float(figure), device="cuda")
+    dist.all_reduce(on_all, dist.ReduceOp.MAX)
+    return float(on_all)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """A measurement as Markdown."""
+    title = f"## {result['world']} GPUs, {result['per_rank']} tokens per GPU"
+    lines = [
+        title + (", 12 packed documents" if result["packed"] else ""),
+        "",
+        "| | forward, ms | with backward, ms | efficiency | extra memory, shards | "
+        "error of out, dq, dk, dv |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        efficiency = row.get("efficiency")
+        error = row.get("error")
+        lines.append(
+            f"| {name} | {row['forward']:.3f} | {row['both']:.3f} "
+            + (f"| {efficiency['forward']:.3f} / {efficiency['both']:.3f} " if efficiency else "| ")
+            + f"| {row['forward shards']:.1f} / {row['both shards']:.1f} "
+            + (f"| {', '.join(f'{x:.2e}' for x in error.values())} |" if error else "| |")
+        )
+    lines += ["", *(f"Not run: {name}: {why}" for name, why in result["skipped"].items()), ""]
+    return lines
+
+
+def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Efficiency of every contender, forward with backward."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(5.5 * len(results), 3.2), squeeze=False, layout="constrained"
+    )
+    for panel, result in zip(panels[0], results, strict=True):
+        rows = {n: r["efficiency"] for n, r in result["rows"].items() if "efficiency" in r}
+        places = range(len(rows))
+        for shift, key, label in ((0.2, "forward", "forward"), (-0.2, "both", "with backward")):
+            values = [row[key] for row in rows.values()]
+            bars = panel.barh([p + shift for p in places], values, height=0.38, label=label)
+            panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        panel.set_yticks(list(places), list(rows))
+        panel.invert_yaxis()
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_xlim(0, 1.25)
+        packed = ", packed" if result["packed"] else ""
+        panel.set_title(f"{result['world']} GPUs, {result['per_rank']} per GPU{packed}")
+        panel.set_xlabel("share of the ideal")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -275,49 +192,28 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="12 documents of mixed lengths too")
     parser.add_argument("--output", type=Path, help="folder for a dated page")
     options = parser.parse_args()
+    results = []
     for world in options.ranks:
         for per_rank in options.per_rank:
-            for documents in (None, mixed(per_rank * world)) if options.packed else (None,):
-                result = launch(
-                    measure,
-                    per_rank * world,
-                    options.kernels,
-                    options.turns,
-                    not options.no_peers,
-                    documents,
-                    processes=world,
-                    device_type="cuda",
-                )[0]
-                show(result, per_rank, documents)
-                if options.output:
-                    name = f"{world}x{per_rank}{'-packed' if documents else ''}.json"
-                    (options.output / name).write_text(json.dumps(result, indent=1))
-
-
-def mixed(tokens: int) -> tuple[int, ...]:
-    """Ends of 12 documents whose lengths go from 1/78 of the tokens to 12/78, in a mixed order."""
-    order = [7, 2, 11, 4, 9, 1, 12, 5, 3, 10, 6, 8]
-    ends = [0]
-    for size in order:
-        ends.append(ends[-1] + size)
-    return tuple(end * tokens // 78 for end in ends)
-
-
-def show(result: dict, per_rank: int, documents) -> None:
-    print(f"== {result['world']} GPUs, {per_rank} per rank{', packed' if documents else ''}")
-    for name, row in result["found"].items():
-        eff = row.get("efficiency", {})
-        print(
-            f"{name:28} fwd {row['forward']:8.3f} both {row['both']:8.3f} "
-            f"eff {eff.get('forward', 0):.3f} {eff.get('both', 0):.3f} "
-            f"range {row['range'][0]:.2f}-{row['range'][1]:.2f} "
-            f"host {row['host']['forward']:.2f} {row['host']['both']:.2f} "
-            f"shards {row['forward extra, shards']:.2f} {row['both extra, shards']:.2f} "
-            + str({k: f"{v:.2e}" for k, v in (row.get("error") or {}).items()}),
-            flush=True,
-        )
-    for name, why in result["skipped"].items():
-        print(f"{name}: {why}", flush=True)
+            for packed in (False, True) if options.packed else (False,):
+                arguments = per_rank, options.kernels, options.turns, not options.no_peers, packed
+                results += launch(measure, *arguments, processes=world, device_type="cuda")[:1]
+                print("\n".join(table(results[-1])), flush=True)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"{datetime.date.today().isoformat()}-gpu"
+        (options.output / f"{name}.json").write_text(json.dumps(results, indent=1))
+        picture(results, options.output / f"{name}.png")
+        page = [
+            f"# Exact causal attention, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}, bfloat16",
+            "",
+            *hardware.lines(),
+            "",
+            f"![efficiency]({name}.png)",
+            "",
+            *(line for result in results for line in table(result)),
+        ]
+        (options.output / f"{name}.md").write_text("\n".join(page))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ one kernel call, so there are fewer tiles to merge.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -34,29 +34,6 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One offset of the ring: who sends what to whom; at offset 0 a rank copies to itself.
-
-    Attributes:
-        offset: alike on every rank.
-        parts: rows of ``source`` that this rank fetches.
-        give: rows of its own that ``requester`` fetches.
-        sizes: what the ranks fetch at this offset, as (rows, heads) of their parts, each once;
-            nothing where every round is one offset.
-        rounded: whether gradients, which take the same ways back, travel in the inputs' dtype;
-            else in the accumulation dtype. Alike on every rank.
-    """
-
-    offset: int
-    source: int
-    parts: tuple[Part, ...]
-    requester: int
-    give: tuple[Part, ...]
-    sizes: tuple[tuple[tuple[int, Heads], ...], ...]
-    rounded: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """Fetched key rows that stand one behind the other, for some heads.
 
@@ -69,6 +46,31 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One offset of the ring: who sends what to whom; at offset 0 a rank copies to itself.
+
+    Attributes:
+        offset: alike on every rank.
+        parts: rows of ``source`` that this rank fetches.
+        give: rows of its own that ``requester`` fetches.
+        there: the blocks of the requester's round.
+        sizes: what the ranks fetch at this offset, as (rows, heads) of their parts, each once;
+            nothing where every round is one offset.
+        rounded: whether gradients, which take the same ways back, travel in the inputs' dtype;
+            else in the accumulation dtype. Alike on every rank.
+    """
+
+    offset: int
+    source: int
+    parts: tuple[Part, ...]
+    requester: int
+    give: tuple[Part, ...]
+    there: tuple[Block, ...]
+    sizes: tuple[tuple[tuple[int, Heads], ...], ...]
+    rounded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """Steps whose keys arrive together, and the tiles that read them.
 
@@ -76,12 +78,11 @@ class Round:
     holds its blocks one behind the other.
 
     Attributes:
-        index: its first offset. number: among this rank's rounds; ``is_last`` of them.
+        index: its first offset. number: among this rank's rounds.
     """
 
     index: int
     number: int
-    is_last: bool
     steps: tuple[Step, ...]
     blocks: tuple[Block, ...]
     tiles: tuple[Tile, ...]
@@ -96,20 +97,33 @@ def rounds(plan: Plan, rank: int, shards: int) -> tuple[Round, ...]:
             neither moves nor computes anything. More: offsets share rounds as far as that goes,
             and all ranks have equally many rounds.
     """
-    done = [Round(0, 0, True, (), (), tuple(plan.tiles(rank, rank)))]
-    for offsets in _offsets(plan, shards):
+    groups = _offsets(plan, shards)
+    own = plan.tiles(rank, rank)
+    if shards > 1 and groups:
+        own = _waited_for(plan, rank, groups[0]).own
+    done = [Round(0, 0, (), (), tuple(own))]
+    for offsets in groups:
+        # Where several offsets share a round, the first one may bring the rank's own keys too.
+        gather = _waited_for if shards > 1 and offsets == groups[0] else _gathered
+        mine = gather(plan, rank, offsets)
         steps = []
-        mine = _gathered(plan, rank, offsets)
-        for place, t in enumerate(offsets):
-            source, requester = (rank - t) % plan.world, (rank + t) % plan.world
-            give = _gathered(plan, requester, offsets).parts[place]
-            sizes = _sizes(plan, t) if shards > 1 else ()
-            steps.append(Step(t, source, mine.parts[place], requester, give, sizes))
+        for place, t in enumerate(mine.offsets):
+            requester = (rank + t) % plan.world
+            theirs = gather(plan, requester, offsets)
+            sizes = _sizes(plan, offsets, place, gather) if shards > 1 else ()
+            steps.append(
+                Step(
+                    t,
+                    (rank - t) % plan.world,
+                    mine.parts[place],
+                    requester,
+                    theirs.parts[place],
+                    theirs.blocks,
+                    sizes,
+                )
+            )
         if shards > 1 or mine.tiles or any(step.give for step in steps):
-            done[-1] = replace(done[-1], is_last=False)
-            done.append(Round(offsets[0], len(done), True, tuple(steps), mine.blocks, mine.tiles))
-    if shards > 1 and len(done) > 1:
-        done[:2] = _some_wait(plan, rank, _offsets(plan, shards)[0], done[0], done[1])
+            done.append(Round(offsets[0], len(done), tuple(steps), mine.blocks, mine.tiles))
     return tuple(done)
 
 
@@ -132,49 +146,6 @@ def elements_sent(plan: Plan, rank: int, kv_heads: int) -> int:
         for t in range(1, plan.world)
         for part in _gathered(plan, (rank + t) % plan.world, (t,)).parts[0]
     )
-
-
-def _some_wait(
-    plan: Plan, rank: int, offsets: tuple[int, ...], own: Round, first: Round
-) -> tuple[Round, Round]:
-    """Where all queries see all keys, let some wait and meet their rank's own keys and the first
-    fetched ones in one call: one tile less to merge, and with rounded tiles so much less error.
-
-    Their own keys come with the others, as a step from the rank to itself (offset 0).
-    """
-    fetched = [_own_part(plan, peer, offsets) for peer in range(plan.world)]
-    if not any(fetched):
-        return own, first
-    sizes = tuple(dict.fromkeys(tuple((len(p.rows), p.heads) for p in parts) for parts in fetched))
-    mine = fetched[rank]
-    step = Step(0, rank, mine, rank, mine, sizes)
-    if not mine:
-        return own, replace(first, steps=(*first.steps, step))
-    (near,), (far,), (block,) = own.tiles, first.tiles, first.blocks
-    soon = Rows(near.q.start, near.q.count - near.q.count // _WAITING)
-    late = Rows(near.q.start + soon.count, near.q.count // _WAITING)
-    rows = block.rows + len(near.kv)
-    blocks = (replace(block, parts=(*block.parts, (len(first.steps), 0)), rows=rows),)
-    tiles = replace(far, q=soon), replace(far, q=late, kv=Rows(0, rows))
-    return (
-        replace(own, tiles=(replace(near, q=soon),)),
-        replace(first, steps=(*first.steps, step), blocks=blocks, tiles=tiles),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _own_part(plan: Plan, rank: int, offsets: tuple[int, ...]) -> tuple[Part, ...]:
-    """The rank's own keys as a part behind those fetched at ``offsets``, if some queries wait."""
-    own, fetched = plan.tiles(rank, rank), _gathered(plan, rank, offsets)
-    if len(own) != 1 or len(fetched.tiles) != 1:
-        return ()
-    (near,), (far,), (block,) = own, fetched.tiles, fetched.blocks
-    dense = all(
-        tile.mask == FULL and tile.heads == ALL_HEADS and tile.batch is None and is_plain_band(tile)
-        for tile in (near, far)
-    )
-    same = near.q == far.q and far.kv == Rows(0, block.rows) and near.q.count >= _WAITING
-    return (Part(near.kv, ALL_HEADS, 0, block.rows),) if dense and same else ()
 
 
 @lru_cache(maxsize=64)
@@ -201,9 +172,13 @@ def _offsets(plan: Plan, shards: int) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, grouped))
 
 
-@lru_cache(maxsize=1024)
-def _sizes(plan: Plan, t: int) -> tuple[tuple[tuple[int, Heads], ...], ...]:
-    fetched = (_gathered(plan, rank, (t,)).parts[0] for rank in range(plan.world))
+def _sizes(
+    plan: Plan,
+    offsets: tuple[int, ...],
+    place: int,
+    gather: Callable[[Plan, int, tuple[int, ...]], _Gathered],
+) -> tuple[tuple[tuple[int, Heads], ...], ...]:
+    fetched = (gather(plan, rank, offsets).parts[place] for rank in range(plan.world))
     sizes = (tuple((len(part.rows), part.heads) for part in parts) for parts in fetched)
     return tuple(dict.fromkeys(sizes))
 
@@ -215,11 +190,16 @@ def _rows(plan: Plan, rank: int, t: int) -> float:
 
 @dataclass(frozen=True)
 class _Gathered:
-    """What ``rank`` fetches at some offsets: per offset its parts; blocks; and the tiles."""
+    """What a rank fetches at some offsets: per offset its parts; blocks; and the tiles.
 
+    ``own`` are the tiles of its own keys.
+    """
+
+    offsets: tuple[int, ...]
     parts: tuple[tuple[Part, ...], ...]
     blocks: tuple[Block, ...]
     tiles: tuple[Tile, ...]
+    own: tuple[Tile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +235,51 @@ def _gathered(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
         found = [replace(read.tile, kv=kv, block=len(blocks)) for read, kv in placed]
         tiles += _merged(found) if len(offsets) > 1 else found
         blocks.append(Block(heads, tuple(members), row))
-    return _Gathered(tuple(map(tuple, parts)), tuple(blocks), tuple(tiles))
+    own = tuple(plan.tiles(rank, rank))
+    return _Gathered(offsets, tuple(map(tuple, parts)), tuple(blocks), tuple(tiles), own)
+
+
+@lru_cache(maxsize=1024)
+def _waited_for(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
+    """As :func:`_gathered`; but where all queries see all keys, some of them wait and meet their
+    rank's own keys and the fetched ones in one call. That is one tile less to merge, and with
+    rounded tiles so much less error.
+
+    Their own keys come with the others, as a step from the rank to itself (offset 0), which then
+    every rank has.
+    """
+    plain = _gathered(plan, rank, offsets)
+    if not any(_all_see_all(_gathered(plan, peer, offsets)) for peer in range(plan.world)):
+        return plain
+    offsets = (*offsets, 0)
+    if not _all_see_all(plain):
+        return replace(plain, offsets=offsets, parts=(*plain.parts, ()))
+    (near,), (far,), (block,) = plain.own, plain.tiles, plain.blocks
+    part = Part(near.kv, ALL_HEADS, 0, block.rows)
+    waiting = near.q.count // _WAITING
+    soon = Rows(near.q.start, near.q.count - waiting)
+    late = Rows(near.q.start + soon.count, waiting)
+    rows = block.rows + len(near.kv)
+    return _Gathered(
+        offsets,
+        (*plain.parts, (part,)),
+        (Block(ALL_HEADS, (*block.parts, (len(plain.parts), 0)), rows),),
+        (replace(far, q=soon), replace(far, q=late, kv=Rows(0, rows))),
+        (replace(near, q=soon),),
+    )
+
+
+def _all_see_all(found: _Gathered) -> bool:
+    """Whether the same queries see all of their rank's keys and all of the fetched ones."""
+    if not len(found.own) == len(found.tiles) == 1:
+        return False
+    (near,), (far,), (block,) = found.own, found.tiles, found.blocks
+    dense = all(
+        tile.mask == FULL and tile.heads == ALL_HEADS and tile.batch is None and is_plain_band(tile)
+        for tile in (near, far)
+    )
+    same = near.q == far.q and far.kv == Rows(0, block.rows)
+    return dense and same and near.q.count >= _WAITING
 
 
 def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:

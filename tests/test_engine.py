@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -167,10 +168,12 @@ class Rounding:
 
 def run_in_rounds(worker: Worker, case: Case, shards: float, rounds: bool) -> Result | None:
     """The case through rounds of several steps, with a kernel that rounds or does not."""
-    from one_sided import OneSided
+    from ring_attention_standard.symmetric_memory import SymmetricMemory
+
+    from shared_files import FileRegion
 
     attention, plan, (q, k, v, dout, dlse) = build(worker, case)
-    communicator = OneSided(worker.group, 60.0)
+    communicator = SymmetricMemory(worker.group, 60.0, FileRegion(worker.group))
     communicator.shards = shards
     runtime = attention.runtime
     runtime._communicators.setdefault(worker.group, {})["cpu"] = communicator
@@ -180,6 +183,12 @@ def run_in_rounds(worker: Worker, case: Case, shards: float, rounds: bool) -> Re
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves, plan=plan, return_lse=True)
     torch.autograd.backward((out, lse), (dout, dlse))
+    names = communicator._region.barriers
+    assert all(a != b for a, b in pairwise(names)), "a word could be set before it was seen"
+    elements = elements_sent(plan.plan, plan.rank, case.kv_heads)
+    fetched = elements_fetched(plan.plan, plan.rank, case.kv_heads)
+    width = case.batch * (case.head_dim + case.value_dim) * 8
+    assert communicator.counters.bytes_sent == (2 * elements + fetched) * width
     whole = Result(
         plan.unshard(out.detach()),
         plan.unshard(lse.detach(), dim=2),
@@ -195,6 +204,7 @@ def run_in_rounds(worker: Worker, case: Case, shards: float, rounds: bool) -> Re
 def test_rounds_of_several_steps_equal_the_reference(
     cpu_pool: RankPool, world: int, shards: float, rounds: bool
 ) -> None:
+    """The communicator of GPUs, over files in place of their memory."""
     for fields in (
         {},
         {"causal": True},

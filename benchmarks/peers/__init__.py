@@ -34,6 +34,7 @@ class Contender:
         attend: out of q, k, v shards; differentiable.
         kernel: family of its tiles' kernel, to choose the ideal it is measured against.
         gather: the whole tensor of all ranks' shards, or None if it cannot say.
+        uncounted: bytes of GPU memory that it holds beside torch's allocator.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contender:
     shard: Callable[[Tensor], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     gather: Callable[[Tensor], Tensor] | None = None
+    uncounted: Callable[[], int] = lambda: 0
 
 
 class CannotRunError(Exception):

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from ring_attention_standard.meeting import compare, share
-from ring_attention_standard.signals import LARGEST, Signals
+from ring_attention_standard.meeting import compare
+from ring_attention_standard.region import Region
+from ring_attention_standard.signals import LARGEST
 from ring_core.communication import RingCommunicationMixin
-from ring_core.errors import CommunicatorError
 from ring_core.groups import rank_and_world
 from ring_core.protocols import Pending
-from ring_core.rounds import Part, Round, Step
-from ring_core.rows import block_views, blocks_numel, part_views, parts_numel, select
+from ring_core.rounds import Block, Part, Round, Step
+from ring_core.rows import numel, parts_numel, select
 from ring_core.softmax import gradient_dtype
 
 _ALIGNED = 256
@@ -33,25 +30,29 @@ _ALLOW_SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
 class SymmetricMemory(RingCommunicationMixin):
-    """Every rank puts its keys where its peers can read them; each pulls what it needs.
+    """Each rank writes the rows that a peer needs into that peer's memory, where they are read.
 
-    Gradients are pushed into their owner's memory, a slot for each peer, and added by the owner.
-    Between writing and reading stand barriers: peers are done with what lies there; everybody's
-    keys are there; everybody's gradients are. No kernel runs for any of it, so kernels that fill
-    the GPU hold nothing up. Calls of all attentions of a group take turns on one stream.
+    Keys and values go straight into the block that a kernel reads; gradients into a slot for each
+    peer, and their owner adds them. Around them stand barriers: everybody is done with what lies
+    there; everybody's keys have come; everybody's gradients have. No kernel runs for any of it, so
+    kernels that fill the GPU hold nothing up. Rounds take turns with two places: one round's rows
+    come while the last one's are used. Calls of all attentions of a group take turns on one stream.
 
     A stream that waits for a peer does so without a deadline.
+
+    Args:
+        region: the group's shared memory; made for the group if not given.
     """
 
     name: ClassVar[str] = "symmetric"
     priority: ClassVar[int] = 10
-    shards: ClassVar[int] = 3
+    shards: ClassVar[float] = 3
 
-    def __init__(self, group: Any, timeout: float) -> None:
+    def __init__(self, group: Any, timeout: float, region: Any = None) -> None:
         super().__init__(group, timeout)
-        if group not in _regions:
-            _regions[group] = _Region(group)
-        self._region = _regions[group]
+        if region is None and group not in _regions:
+            _regions[group] = Region(group)
+        self._region = region or _regions[group]
 
     @classmethod
     def refuse(cls, group: Any, device: torch.device) -> str | None:
@@ -66,26 +67,29 @@ class SymmetricMemory(RingCommunicationMixin):
             _refusals[group] = _why_apart(group, device)
         return _refusals[group]
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that this rank lends to transfers; torch's allocator does not count it."""
+        held: int = self._region.bytes
+        return held
+
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
-        region = self._region
-        flats = [self._buffer(blocks_numel(one.blocks, x), x) for x in tensors]
-        views = [block_views(flat, one.blocks, x) for flat, x in zip(flats, tensors, strict=True)]
-        with region.turn(tensors[0].device):
-            if one.number == 1:
-                region.grow(region.keys, _keys_bytes(tensors))
-                region.barrier("free")
-                for i, x in enumerate(tensors):
-                    region.shard(self.rank, tensors, i).copy_(x)
-                region.barrier("keys")
-            for step in one.steps:
-                for i, x in enumerate(tensors):
-                    for part in step.parts:
-                        there = select(region.shard(step.source, tensors, i), part.rows, part.heads)
-                        here = views[i][part.block][:, part.row : part.row + len(part.rows)]
-                        here.unflatten(1, there.shape[1:3]).copy_(there)
-                    self._count(step, step.give, step.parts, x, x.dtype)
-            self.counters.transfers += 1
-        return _Transfer(self, list(zip(*views, strict=True)), flats)
+        region, device = self._region, tensors[0].device
+        with region.turn(device):
+            region.grow(_of(region.keys, one), _bytes_of_keys(one, tensors))
+        mine = [step for step in one.steps if step.requester == self.rank]
+        # A copy within one GPU takes SMs: here, before kernels of this call fill them.
+        self._put_keys(one, mine, tensors)
+        with region.turn(device):
+            region.barrier("free")
+            self._put_keys(one, [step for step in one.steps if step not in mine], tensors)
+            region.barrier("keys")
+            mark = region.mark()
+        self.counters.transfers += 1
+        blocks = [self._blocks(self.rank, one, one.blocks, tensors, i) for i in _each(tensors)]
+        return _Transfer(
+            region, mark, list(zip(*blocks, strict=True)), kept=_of(region.keys, one).memory
+        )
 
     def give_back(
         self,
@@ -97,21 +101,68 @@ class SymmetricMemory(RingCommunicationMixin):
         region = self._region
         received: list[list[tuple[Tensor, ...]]] = []
         with region.turn(like[0].device):
-            region.grow(region.slots, _halves(one) * _slots_bytes(one, like))
+            region.grow(_of(region.slots, one), _bytes_of_gradients(one.steps, like))
             for place, step in enumerate(one.steps):
-                dtype = gradient_dtype(like[0].dtype, step.rounded)
                 mine = []
-                for i, x in enumerate(like):
-                    theirs = region.slot(step.source, one, place, like, i, step.parts)
+                for i in _each(like):
+                    theirs = self._slot(step.source, one, place, step.parts, like, i)
                     for slot, part in zip(theirs, gradients[place], strict=True):
-                        slot.copy_(part[i])
-                    mine.append(region.slot(self.rank, one, place, like, i, step.give))
-                    self._count(step, step.parts, step.give, x, dtype)
+                        _put(slot, part[i])
+                    mine.append(self._slot(self.rank, one, place, step.give, like, i))
+                    dtype = gradient_dtype(like[i].dtype, step.rounded)
+                    self._count(step, step.parts, step.give, like[i], dtype)
                 received.append(list(zip(*mine, strict=True)))
             region.barrier(f"gradients of {'odd' if one.number % 2 else 'even'} rounds")
-            self.counters.transfers += 1
-        # What is being pushed, and the slots' memory, live until the caller's stream waited.
-        return _Transfer(self, received, [], kept=(gradients, region.slots.memory))
+            mark = region.mark()
+        self.counters.transfers += 1
+        return _Transfer(region, mark, received, (gradients, _of(region.slots, one).memory))
+
+    def _put_keys(self, one: Round, steps: Sequence[Step], tensors: Sequence[Tensor]) -> None:
+        for step in steps:
+            for i, x in enumerate(tensors):
+                if step.give:
+                    blocks = self._blocks(step.requester, one, step.there, tensors, i)
+                    for part in step.give:
+                        chosen = select(x, part.rows, part.heads)
+                        rows = blocks[part.block][:, part.row : part.row + len(part.rows)]
+                        _put(rows.unflatten(1, chosen.shape[1:3]), chosen)
+                self._count(step, step.give, step.parts, x, x.dtype)
+
+    def _blocks(
+        self, rank: int, one: Round, blocks: Sequence[Block], like: Sequence[Tensor], which: int
+    ) -> list[Tensor]:
+        """Where ``rank`` gets the round's keys, or its values: its blocks, [B, rows, heads, D]."""
+        x = like[which]
+        start = _bytes_of_keys(one, like[:which])
+        views = []
+        for block in blocks:
+            size = numel(block.rows, block.heads, x)
+            flat = _of(self._region.keys, one).at(rank, start, size, x.dtype)
+            views.append(_shaped(flat, block.rows, x))
+            start += size * x.element_size()
+        return views
+
+    def _slot(
+        self,
+        rank: int,
+        one: Round,
+        place: int,
+        parts: Sequence[Part],
+        like: Sequence[Tensor],
+        which: int,
+    ) -> list[Tensor]:
+        """Where ``rank`` gets a gradient of the round's ``place``-th step, part by part."""
+        x, step = like[which], one.steps[place]
+        dtype = gradient_dtype(x.dtype, step.rounded)
+        start = _bytes_of_gradients(one.steps[:place], like)
+        start += _bytes_of_gradients([step], like[:which])
+        views = []
+        for part in parts:
+            size = numel(len(part.rows), part.heads, x)
+            flat = _of(self._region.slots, one).at(rank, start, size, dtype)
+            views.append(_shaped(flat, len(part.rows), x))
+            start += size * dtype.itemsize
+        return views
 
     def _count(
         self,
@@ -125,177 +176,67 @@ class SymmetricMemory(RingCommunicationMixin):
             self.counters.bytes_sent += parts_numel(sent, like) * dtype.itemsize
             self.counters.bytes_received += parts_numel(received, like) * dtype.itemsize
 
-    def _buffer(self, numel: int, like: Tensor) -> Tensor:
-        """From the pool; a captured graph keeps its own."""
-        if torch.cuda.is_current_stream_capturing():
-            return torch.empty(numel, dtype=like.dtype, device=like.device)
-        return self.buffers.take(numel, like)
-
 
 class _Transfer:
-    """Copies under way on the region's stream."""
+    """Copies under way on the region's stream.
 
-    def __init__(
-        self,
-        communicator: SymmetricMemory,
-        received: list[Any],
-        borrowed: Sequence[Tensor],
-        kept: Any = None,
-    ) -> None:
-        self.communicator, self.received = communicator, received
-        self.borrowed, self.kept = borrowed, kept
-        self.done = torch.cuda.Event()
-        self.done.record(communicator._region.stream)
+    Args:
+        kept: what they read, and the memory they write to, which lives until release.
+    """
+
+    def __init__(self, region: Any, mark: Any, received: list[Any], kept: Any) -> None:
+        self.region, self.mark, self.received, self.kept = region, mark, received, kept
 
     def wait(self) -> list[Any]:
-        torch.cuda.current_stream().wait_event(self.done)
+        self.region.wait(self.mark)
         return self.received
 
     def release(self) -> None:
         self.kept = None
-        if not torch.cuda.is_current_stream_capturing():
-            # The next call may come on another stream.
-            self.communicator._region.stream.wait_stream(torch.cuda.current_stream())
-            for buffer in self.borrowed:
-                self.communicator.buffers.give(buffer)
+        self.region.used()
 
 
-class _Memory:
-    """Bytes that every rank of a group has at hand, of itself and of each peer."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = weakref.ref(group)  # the group's region holds this
-        self._handle: Any = None
-        self._captured: list[Any] = []
-        self.memory: Tensor | None = None
-
-    def has(self, needed: int) -> bool:
-        """Whether there are ``needed`` bytes; then a graph that is being captured keeps them."""
-        enough = self.memory is not None and self.memory.numel() >= needed
-        if enough and torch.cuda.is_current_stream_capturing():
-            self._captured = [*(kept for kept in self._captured if kept is not self._handle)]
-            self._captured.append(self._handle)  # replays use it, whatever comes later
-        return enough
-
-    def allocate(self, size: int) -> None:
-        """Get ``size`` zeroed bytes; every rank of the group comes here."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.memory = symmetric.empty(max(size, _ALIGNED), dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize()
-        self._handle = share(self.memory, self._group())
-
-    def at(self, rank: int, start: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """``rank``'s elements from byte ``start`` on, flat."""
-        found: Tensor = self._handle.get_buffer(rank, (numel,), dtype, start // dtype.itemsize)
-        return found
+def _put(there: Tensor, here: Tensor) -> None:
+    """Copy batch row by batch row: each is one piece of memory, which a copy engine can move."""
+    for to, what in zip(there.unbind(0), here.unbind(0), strict=True):
+        to.copy_(what)
 
 
-class _Region:
-    """A group's shared memory and the stream that uses it.
-
-    ``keys`` hold a call's keys and values. ``slots`` hold gradients on their way home; twice those
-    of a round where there are several, since one round's arrive while the last one's are added.
-    """
-
-    def __init__(self, group: Any) -> None:
-        self.keys, self.slots, self._words = _Memory(group), _Memory(group), _Memory(group)
-        self._rank, self._world = rank_and_world(group)
-        self._stream: torch.cuda.Stream | None = None
-        self._signals: Signals | None = None
-
-    @property
-    def stream(self) -> torch.cuda.Stream:
-        """Where transfers run."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
-
-    def grow(self, memory: _Memory, needed: int) -> None:
-        """Have ``needed`` bytes; alike on all ranks, so they meet here or none does.
-
-        Raises:
-            CommunicatorError: a CUDA graph is being captured, and memory would have to grow.
-        """
-        if memory.has(needed):
-            return
-        if torch.cuda.is_current_stream_capturing():
-            raise CommunicatorError(
-                "the shared memory is too small for this call and cannot grow while a CUDA graph "
-                "is captured: run one forward and backward of the same shapes first"
-            )
-        torch.cuda.synchronize()  # with the meeting below: no peer uses the old memory any more
-        memory.allocate(needed)
-
-    def barrier(self, name: str) -> None:
-        """Order what all ranks' streams did so far before what they do next."""
-        if self._signals is None:
-            self._words.allocate(Signals.bytes)
-            self._signals = Signals(
-                self._rank,
-                self._world,
-                lambda rank, start, numel: self._words.at(
-                    rank, start * torch.int32.itemsize, numel, torch.int32
-                ),
-            )
-        self._signals.barrier(name)
-
-    @contextmanager
-    def turn(self, device: torch.device) -> Iterator[None]:
-        """On the region's stream, after everything that the caller's stream holds."""
-        with torch.cuda.device(device):
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                yield
-
-    def shard(self, rank: int, tensors: Sequence[Tensor], which: int) -> Tensor:
-        """``rank``'s copy of a tensor, [B, S, K, D]; batch rows lie side by side in memory."""
-        batch, rows, heads, dim = tensors[which].shape
-        start = _keys_bytes(tensors[:which])
-        flat = self.keys.at(rank, start, tensors[which].numel(), tensors[which].dtype)
-        return flat.view(rows, batch, heads, dim).transpose(0, 1)
-
-    def slot(
-        self,
-        rank: int,
-        one: Round,
-        place: int,
-        like: Sequence[Tensor],
-        which: int,
-        parts: Sequence[Part],
-    ) -> list[Tensor]:
-        """Where ``rank`` gets a gradient of the round's ``place``-th step, part by part."""
-        x = like[which]
-        start = one.number % _halves(one) * _slots_bytes(one, like)
-        start += sum(_slot_bytes(step, like) for step in one.steps[:place])
-        start += _slot_bytes(one.steps[place], like[:which])
-        dtype = gradient_dtype(x.dtype, one.steps[place].rounded)
-        return part_views(self.slots.at(rank, start, parts_numel(parts, x), dtype), parts, x)
+def _shaped(flat: Tensor, rows: int, like: Tensor) -> Tensor:
+    batch, dim = like.shape[0], like.shape[3]
+    return flat.view(batch, rows, -1, dim)
 
 
-def _keys_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(_aligned(x.numel() * x.element_size()) for x in tensors)
+def _bytes_of_keys(one: Round, tensors: Sequence[Tensor]) -> int:
+    """Room for what any rank fetches in this round: alike on every rank."""
+    return sum(_room(one.steps, x, x.element_size()) for x in tensors)
 
 
-def _slots_bytes(one: Round, like: Sequence[Tensor]) -> int:
-    return sum(_slot_bytes(step, like) for step in one.steps)
+def _bytes_of_gradients(steps: Sequence[Step], like: Sequence[Tensor]) -> int:
+    """Room for what any rank gives back at these steps, each in a place of its own."""
+    return sum(
+        _room([step], x, gradient_dtype(x.dtype, step.rounded).itemsize)
+        for step in steps
+        for x in like
+    )
 
 
-def _slot_bytes(step: Step, like: Sequence[Tensor]) -> int:
-    """Room for what any rank gives back at this step: alike on every rank."""
-    total = 0
-    for x in like:
-        rows = max(sum(n * heads.count(x.shape[2]) for n, heads in size) for size in step.sizes)
-        itemsize = gradient_dtype(x.dtype, step.rounded).itemsize
-        total += _aligned(rows * x.shape[0] * x.shape[3] * itemsize)
-    return total
+def _room(steps: Sequence[Step], like: Tensor, itemsize: int) -> int:
+    kv_heads = like.shape[2]
+    rows = sum(
+        max(sum(n * heads.count(kv_heads) for n, heads in size) for size in step.sizes)
+        for step in steps
+    )
+    return -(-rows * like.shape[0] * like.shape[3] * itemsize // _ALIGNED) * _ALIGNED
 
 
-def _halves(one: Round) -> int:
-    return 1 if one.number == 1 and one.is_last else 2
+def _of(memories: Sequence[Any], one: Round) -> Any:
+    """The memory whose turn it is in this round."""
+    return memories[one.number % len(memories)]
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
+def _each(tensors: Sequence[Tensor]) -> range:
+    return range(len(tensors))
 
 
 def _why_apart(group: Any, device: torch.device) -> str | None:
@@ -321,5 +262,5 @@ def _why_apart(group: Any, device: torch.device) -> str | None:
     return next((reason for reason in found if reason), None)
 
 
-_regions: WeakKeyDictionary[Any, _Region] = WeakKeyDictionary()
+_regions: WeakKeyDictionary[Any, Region] = WeakKeyDictionary()
 _refusals: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
