@@ -175,7 +175,8 @@ class BaseRingAttention(nn.Module):
     ) -> Communicator | None:
         """The communicator that calls with ``plan`` use on ``device``; None for one rank.
 
-        Its ``counters`` hold bytes and waiting time.
+        Its ``counters`` hold bytes and waiting time. On GPUs, where no call was made yet, every
+        rank of the group must ask: they compare how they reach each other.
         """
         return self.runtime.communicator(plan, torch.device(device))
 

@@ -103,6 +103,17 @@ class Plan(ABC):
         nothing are left out.
         """
 
+    @property
+    def masks(self) -> frozenset[type[Mask]]:
+        """The kinds of mask that any rank's tiles have: all ranks choose one kernel by them.
+
+        A planner that knows them overrides this, and spares going through all tiles.
+        """
+        ranks = range(self.world)
+        return frozenset(
+            type(t.mask) for r in ranks for owner in ranks for t in self.tiles(r, owner)
+        )
+
     def work(self, rank: int, batch: int = 1) -> int:
         """Visible pairs that ``rank`` computes, summed over ``batch`` batch rows, per head."""
         return sum(

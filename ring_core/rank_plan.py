@@ -89,9 +89,8 @@ class RankPlan:
 
     @cached_property
     def masks(self) -> frozenset[type[Mask]]:
-        """The kinds of mask that this rank's tiles have."""
-        owners = range(self.world)
-        return frozenset(type(t.mask) for o in owners for t in self.plan.tiles(self.rank, o))
+        """The kinds of mask that the plan's tiles have, on any rank."""
+        return self.plan.masks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shard(self, x: Tensor, dim: int = 1, kv: bool = False, fill: float = 0) -> Tensor:

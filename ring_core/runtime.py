@@ -90,22 +90,26 @@ class Runtime:
 
     def program(self, plan: RankPlan, q: Tensor, value_dim: int, dropout: bool) -> Program:
         """The plan's tiles lowered for the kernel that fits."""
-        problem = Problem(
-            q.device,
-            q.dtype,
-            q.shape[-1],
-            value_dim,
-            plan.masks,
-            dropout,
-            self.config.deterministic,
-        )
-        kernel = self.kernel(problem)
+        kernel = self.kernel(self._problem(q, value_dim, plan, dropout))
         communicator = self.communicator(plan, q.device)
         shards = communicator.shards if communicator else 1
         return self._programs.get(
             (plan, kernel.name, shards),
             lambda: Program.build(plan.plan, plan.rank, kernel, shards),
         )
+
+    def _problem(self, q: Tensor, value_dim: int, plan: RankPlan, dropout: bool) -> Problem:
+        deterministic = self.config.deterministic
+        return Problem(
+            q.device, q.dtype, q.shape[-1], value_dim, plan.masks, dropout, deterministic
+        )
+
+    def _kernel_name(self, q: Tensor, v: Tensor, plan: RankPlan, dropout: bool) -> str:
+        """Ranks must round alike, so they must compute with one kernel."""
+        try:
+            return self.kernel(self._problem(q, v.shape[-1], plan, dropout)).name
+        except KernelError:
+            return "none"  # the call itself says why
 
     def kernel(self, problem: Problem) -> AttentionKernel:
         """The kernel named in the config, or the best that does not refuse.
@@ -193,6 +197,8 @@ class Runtime:
                 "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
                 "dtype": str(q.dtype),
                 "device": q.device.type,
+                "kernel": self._kernel_name(q, v, plan, bool(dropout)),
+                "communicators": ", ".join(sorted(one.name for one in self.communicator_classes)),
                 "q": str(tuple(q.shape)),
                 "k": str(tuple(k.shape)),
                 "v": str(tuple(v.shape)),

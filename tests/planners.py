@@ -84,6 +84,15 @@ class Checkered(Plan):
         return [Tile(rows, rows, Checkerboard())]
 
 
+@dataclass(frozen=True)
+class FirstCheckered(Plan):
+    """Only the first rank's tiles have that mask; all ranks must compute with one kernel."""
+
+    def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
+        rows = Rows(0, self.queries.size)
+        return [Tile(rows, rows, FULL if rank else Checkerboard())]
+
+
 class Planned(BaseRingAttention):
     """An attention whose plan is chosen by name: the plan is all that differs."""
 
@@ -97,6 +106,7 @@ class Planned(BaseRingAttention):
             "strided ring": lambda: StridedRing(layout, layout, rate=2),
             "block columns": lambda: BlockColumns(layout, layout, block=4),
             "checkered": lambda: Checkered(layout, layout),
+            "first checkered": lambda: FirstCheckered(layout, layout),
         }
         return makers[self.planner]()
 
@@ -116,6 +126,8 @@ def visible(planner: str, length: int, world: int, kv_heads: int) -> Tensor:
                     seen[h, i, j] = i % 2 == j % 2 == h % 2
                 elif planner == "block columns":
                     seen[h, i, j] = i % shard // 4 == j % shard // 4
+                elif planner == "first checkered" and i >= shard:
+                    seen[h, i, j] = True
                 else:
                     seen[h, i, j] = (i % shard + j % shard) % 2 == 0
     return seen

@@ -16,7 +16,14 @@ from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.case import Result, expected_of
 from ring_core.testing.tasks import build
 
-PLANNERS = ("dilated", "dilated causal", "strided ring", "block columns", "checkered")
+PLANNERS = (
+    "dilated",
+    "dilated causal",
+    "strided ring",
+    "block columns",
+    "checkered",
+    "first checkered",
+)
 
 
 def run_planner(worker: Worker, planner: str, case: Case) -> Result | None:

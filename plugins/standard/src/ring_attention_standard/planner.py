@@ -8,7 +8,7 @@ from functools import partial
 
 from ring_core.config import LayoutName, RingAttentionConfig
 from ring_core.layout import Layout, balanced, contiguous, striped, zigzag
-from ring_core.masks import Band
+from ring_core.masks import Band, Mask
 from ring_core.plan import Plan, Tile
 from ring_core.sequences import Sequences
 from ring_core.tiling import Document, band_tiles, visible_pairs
@@ -23,6 +23,10 @@ class DensePlan(Plan):
 
     documents: tuple[Document, ...]
     band: Band
+
+    @property
+    def masks(self) -> frozenset[type[Mask]]:
+        return frozenset({Band})
 
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         return band_tiles(self.queries, self.keys, self.documents, self.band, rank, owner)
