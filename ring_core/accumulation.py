@@ -225,10 +225,8 @@ class Merge:
             if self._state is not None:
                 outs.append(self._state[0][:, rows])
                 lses.append(self._state[1][:, :, rows])
-            if len(outs) > 1:
+            if outs:
                 merge_into(out[:, rows], lse[:, :, rows], outs, lses)
-            elif outs:
-                out[:, rows], lse[:, :, rows] = outs[0], lses[0]
             else:
                 out[:, rows], lse[:, :, rows] = 0, -torch.inf
         return out, lse

@@ -40,6 +40,7 @@ class Agreement:
         self._store = store_of(group)
         self._rank, self._world = rank_and_world(group)
         self._calls = 0
+        self._ran = 0
         self._dead: str | None = None
         # Ranks add to it in lock-step, so the oldest one to go is the same everywhere.
         self._agreed: OrderedDict[str, None] = OrderedDict()
@@ -67,6 +68,7 @@ class Agreement:
                 ``timeout`` seconds; the same message on every rank.
         """
         if signature.digest in self._agreed:
+            self._ran += 1
             return
         self._raise_if_dead(0)
         self._post(call, signature)
@@ -93,8 +95,9 @@ class Agreement:
             raise _decode(verdict)
         posts = {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys)}
         self._forget(call)
-        if message := _difference(posts):
+        if message := _difference(posts) or _out_of_step(posts):
             raise DisagreementError(message)
+        self._ran += 1
         self._agreed[signature.digest] = None
         if len(self._agreed) > _REMEMBERED:
             self._agreed.popitem(last=False)
@@ -120,7 +123,8 @@ class Agreement:
                 f"rank {self._rank} failed in the middle of a call with {type(error).__name__}: "
                 f"{error}"
             )
-            self._decide(self._key(call, "failed"), _encode(told))
+            # This rank's transfers are out of step with the others' from here on.
+            self._dead = self._decide(self._key(call, "failed"), _encode(told))
             return None
         agreed = self._why(call, signature) or _encode(error)
         self._dead = self._decide(f"{self._prefix}/dead", agreed)
@@ -155,7 +159,7 @@ class Agreement:
         return _encode(DisagreementError(message)) if message else None
 
     def _post(self, call: int, signature: Signature) -> None:
-        content = {"digest": signature.digest, "fields": signature.fields}
+        content = {"digest": signature.digest, "fields": signature.fields, "ran": self._ran}
         self._store.set(self._key(call, self._rank), json.dumps(content))
 
     def _decide(self, key: str, verdict: str) -> str:
@@ -213,6 +217,17 @@ def _difference(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
             *lines,
             "Give every rank the same config, plan, shapes and dtype.",
         ]
+    )
+
+
+def _out_of_step(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
+    """A rank that refused a call which others made would meet it in a later one of its own."""
+    ran = {rank: post["ran"] for rank, post in posts.items()}
+    if len(set(ran.values())) == 1:
+        return None
+    return (
+        f"the ranks of the group made unequally many calls before this one: {ran} by rank. One of "
+        "them refused its input while others went on; make a new group, and look at its error"
     )
 
 

@@ -70,7 +70,7 @@ class BaseRingAttention(nn.Module):
         self._group = None if group is None else groups.resolve(group)
         self._registry = registry or default_registry
         self._runtime: Runtime | None = None
-        self._number = number_of(self)
+        self._number = torch.tensor(number_of(self), device="cpu")
         self.runtime.check_parts()
 
     @classmethod
@@ -305,7 +305,7 @@ class BaseRingAttention(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._registry = state["_registry"] or default_registry
-        self._number = number_of(self)
+        self._number = torch.tensor(number_of(self), device="cpu")
 
 
 def check_types(q: Any, k: Any, v: Any) -> None:

@@ -58,8 +58,8 @@ class Call:
             timeout = self.runtime.config.timeout
             agreement_of(self.group).check(self.number, self.signature, timeout)
         communicator = self.runtime.communicator(self.plan, q.device)
+        program = self._program(q, v)
         with engine.quiet(q.device), _FailingAlike(self):
-            program = self._program(q, v.shape[-1])
             return engine.forward(program, q, k, v, communicator, self._tagged("forward"))
 
     def backward(
@@ -67,9 +67,10 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         q, k, v, out, lse = saved
+        program = self._program(q, v, columns=int(dlse is not None))
         with engine.quiet(q.device), _FailingAlike(self):
             return engine.backward(
-                self._program(q, v.shape[-1] + (dlse is not None)),
+                program,
                 dout,
                 q,
                 k,
@@ -82,8 +83,8 @@ class Call:
                 need_kv=self.wants[1] or self.wants[2],
             )
 
-    def _program(self, q: Tensor, value_dim: int) -> Program:
-        return self.runtime.program(self.plan, q, value_dim, bool(self.settings.dropout))
+    def _program(self, q: Tensor, v: Tensor, columns: int = 0) -> Program:
+        return self.runtime.program(self.plan, q, v, bool(self.settings.dropout), columns)
 
     def _tagged(self, direction: str) -> Settings:
         if self.signature is None:

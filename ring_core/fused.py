@@ -118,6 +118,8 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
         summed = summed / tl.where(seen, total, 1.0)[:, None]
         merged = tl.where(seen, pivot + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
         at = b * lse_strides[0] + head * lse_strides[1] + row * lse_strides[2]
+        # lse may be a source too, and other warps load it for themselves.
+        tl.debug_barrier()
         tl.store(lse + at, merged, inside)
     at = (b * out_strides[0] + row * out_strides[1] + head * out_strides[2])[:, None]
     at += column[None, :]

@@ -2,11 +2,13 @@
 
 ``torch.compile`` keeps it whole in its graph, and selective activation checkpointing can name it
 and keep its output instead of repeating its communication. Attentions and plans travel as numbers:
-the operator looks up what they stand for.
+the operator looks up what they stand for. The attention's number is a tensor: as a plain number it
+would be a constant of the graph, and each layer of a model would be compiled for itself.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -14,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ring_core.errors import DifferentiationError
+from ring_core.errors import DifferentiationError, InputError
 from ring_core.softmax import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -23,20 +25,28 @@ if TYPE_CHECKING:
 
 _numbers = count(1)
 _known: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_recent: deque[Any] = deque(maxlen=64)
 
 NO_PLAN = 0
 """Stands for the plan that the inputs' shape implies."""
 
 
-def number_of(thing: Any) -> int:
-    """A number that stands for ``thing`` in this process while it lives."""
+def number_of(thing: Any, keep: bool = False) -> int:
+    """A number that stands for ``thing`` in this process while it lives.
+
+    Args:
+        keep: have it live a while, though nobody may hold it between a graph's forward and
+            backward.
+    """
     number = next(_numbers)
     _known[number] = thing
+    if keep:
+        _recent.append(thing)
     return number
 
 
 def attend(
-    attention: int, plan: int, q: Tensor, k: Tensor, v: Tensor, training: bool
+    attention: Tensor, plan: int, q: Tensor, k: Tensor, v: Tensor, training: bool
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of a call; see :meth:`ring_core.attention.BaseRingAttention.forward`."""
     graph = torch.is_grad_enabled()
@@ -48,14 +58,14 @@ def attend(
 @torch.library.custom_op(
     "ring_attention::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, int attention, SymInt plan, bool training, "
+    schema="(Tensor q, Tensor k, Tensor v, Tensor attention, SymInt plan, bool training, "
     "bool[] wants) -> (Tensor, Tensor, Tensor)",
 )
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention: int,
+    attention: Tensor,
     plan: int,
     training: bool,
     wants: list[bool],
@@ -69,7 +79,7 @@ def _attend(
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, attention: int, plan: int, training: bool, wants: list[bool]
+    q: Tensor, k: Tensor, v: Tensor, attention: Tensor, plan: int, training: bool, wants: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
     return (
@@ -83,7 +93,7 @@ def _(
     "ring_attention::attend_backward",
     mutates_args=(),
     schema="(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor call, int attention, SymInt plan, bool training, bool[] wants) "
+    "Tensor call, Tensor attention, SymInt plan, bool training, bool[] wants) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
@@ -95,7 +105,7 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
     call: Tensor,
-    attention: int,
+    attention: Tensor,
     plan: int,
     training: bool,
     wants: list[bool],
@@ -128,8 +138,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
     ctx.rest = attention, plan, training, wants
-    # A tracer's plan is a symbol; whoever runs its graph has the plan.
-    ctx.alive = [_known.get(number) for number in (attention, plan) if type(number) is int]
+    if type(plan) is int:  # and no tracer's symbol
+        ctx.alive = _known.get(plan)
 
 
 def _differentiate(
@@ -153,5 +163,15 @@ _attend.register_autograd(_differentiate, setup_context=_keep)
 _attend_backward.register_autograd(_refuse)
 
 
-def _meant(attention: int, plan: int) -> tuple[BaseRingAttention, RankPlan | None]:
-    return _known[attention], None if plan == NO_PLAN else _known[plan]
+# A rank whose output nobody uses must make the call all the same: its peers do.
+torch.fx.node.has_side_effect(torch.ops.ring_attention.attend.default)
+
+
+def _meant(attention: Tensor, plan: int) -> tuple[BaseRingAttention, RankPlan | None]:
+    try:
+        return _known[int(attention)], None if plan == NO_PLAN else _known[plan]
+    except KeyError as error:
+        raise InputError(
+            "the attention or the plan of this call is gone: keep both while graphs that were "
+            "compiled with them, or backwards of their calls, are still to run"
+        ) from error

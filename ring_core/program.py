@@ -20,18 +20,27 @@ class Program:
     rounds: tuple[Round, ...]
 
     @staticmethod
-    def build(plan: Plan, rank: int, kernel: AttentionKernel, shards: int = 1) -> Program:
+    def build(
+        plan: Plan,
+        rank: int,
+        kernel: AttentionKernel,
+        shards: float = 1,
+        usual: AttentionKernel | None = None,
+    ) -> Program:
         """Lower every tile of the rank's rounds.
 
         Args:
             shards: how many shards' worth of fetched keys may be held; see :func:`rounds`.
+            usual: the kernel by which all ranks know in which dtype gradients travel, where this
+                rank computes with another one for reasons of its own.
         """
+        usual = usual or kernel
         mine = _lowered(plan, rank, kernel, shards)
-        if not kernel.rounds:
+        if not usual.rounds:
             return Program(plan, rank, kernel, mine)
         rounded: dict[int, bool] = {}
         for peer in range(plan.world):
-            for one in mine if peer == rank else _lowered(plan, peer, kernel, shards):
+            for one in _lowered(plan, peer, usual, shards):
                 for step in one.steps:
                     once = _read_once(one.tiles, step.parts)
                     rounded[step.offset] = rounded.get(step.offset, True) and once
@@ -45,7 +54,7 @@ class Program:
         return Program(plan, rank, kernel, tuple(marked))
 
 
-def _lowered(plan: Plan, rank: int, kernel: AttentionKernel, shards: int) -> tuple[Round, ...]:
+def _lowered(plan: Plan, rank: int, kernel: AttentionKernel, shards: float) -> tuple[Round, ...]:
     return tuple(
         replace(one, tiles=tuple(piece for tile in one.tiles for piece in kernel.lower(tile)))
         for one in rounds(plan, rank, shards)

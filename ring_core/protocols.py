@@ -123,7 +123,7 @@ class Communicator(Protocol):
 
     name: ClassVar[str]
     priority: ClassVar[int]
-    shards: ClassVar[int]
+    shards: ClassVar[float]
     """How many shards' worth of fetched keys its rounds may hold; see
     :func:`ring_core.rounds.rounds`."""
     counters: Counters

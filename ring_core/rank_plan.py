@@ -38,7 +38,7 @@ class RankPlan:
         self.sequences = sequences
         self.group = group
         self.rank, self.world = groups.rank_and_world(group)
-        self.number = number_of(self)
+        self.number = number_of(self, keep=True)
 
     def __repr__(self) -> str:
         return (
@@ -52,7 +52,7 @@ class RankPlan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.group = None if state["group"] is None else groups.by_name(state["group"])
-        self.number = number_of(self)
+        self.number = number_of(self, keep=True)
 
     @property
     def local_len(self) -> int:

@@ -88,7 +88,7 @@ class Round:
     tiles: tuple[Tile, ...]
 
 
-def rounds(plan: Plan, rank: int, shards: int) -> tuple[Round, ...]:
+def rounds(plan: Plan, rank: int, shards: float) -> tuple[Round, ...]:
     """What ``rank`` does, in order.
 
     Args:
@@ -149,7 +149,7 @@ def elements_sent(plan: Plan, rank: int, kv_heads: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _offsets(plan: Plan, shards: int) -> tuple[tuple[int, ...], ...]:
+def _offsets(plan: Plan, shards: float) -> tuple[tuple[int, ...], ...]:
     """The offsets of each round, alike on every rank."""
     each = range(1, plan.world)
     if shards == 1:

@@ -88,14 +88,20 @@ class Runtime:
                 f"dropout mask in the backward and on other tiles; allowed: auto, {', '.join(able)}"
             )
 
-    def program(self, plan: RankPlan, q: Tensor, value_dim: int, dropout: bool) -> Program:
-        """The plan's tiles lowered for the kernel that fits."""
-        kernel = self.kernel(self._problem(q, value_dim, plan, dropout))
+    def program(
+        self, plan: RankPlan, q: Tensor, v: Tensor, dropout: bool, columns: int = 0
+    ) -> Program:
+        """The plan's tiles lowered for the kernel that fits ``columns`` more than the values have.
+
+        Only this rank may need them: in which dtype gradients travel does not depend on it.
+        """
+        usual = self.kernel(self._problem(q, v.shape[-1], plan, dropout))
+        kernel = self.kernel(self._problem(q, v.shape[-1] + columns, plan, dropout))
         communicator = self.communicator(plan, q.device)
         shards = communicator.shards if communicator else 1
         return self._programs.get(
-            (plan, kernel.name, shards),
-            lambda: Program.build(plan.plan, plan.rank, kernel, shards),
+            (plan, kernel.name, usual.name, shards),
+            lambda: Program.build(plan.plan, plan.rank, kernel, shards, usual),
         )
 
     def _problem(self, q: Tensor, value_dim: int, plan: RankPlan, dropout: bool) -> Problem:

@@ -54,11 +54,11 @@ class FileRegion:
         path.mkdir(exist_ok=True)
         return path
 
-    def grow(self, memory: Files, needed: int) -> None:
+    def grow(self, memory: Files, needed: int, timeout: float) -> None:
         if memory.size < needed:
             memory.allocate(needed, self.group)
 
-    def barrier(self, name: str) -> None:
+    def barrier(self, name: str, timeout: float) -> None:
         self.barriers.append(name)
         dist.barrier(self.group)
 
@@ -69,6 +69,9 @@ class FileRegion:
         return None
 
     def wait(self, mark) -> None:
+        pass
+
+    def catch_up(self) -> None:
         pass
 
     def used(self) -> None:

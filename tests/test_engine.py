@@ -238,3 +238,60 @@ def test_rounds_of_several_steps_equal_the_reference(
             result = cpu_pool.run(run_in_rounds, case, shards, rounds, world=world)[0]
             errors = result.errors(expected_of(case, seen))
             assert all(error < 1e-10 for error in errors.values()), (case, errors)
+
+
+def run_with_one_lse(worker: Worker, case: Case) -> Result | None:
+    """Only rank 0 uses its lse, so only its backward may need another kernel."""
+    from ring_attention_standard.symmetric_memory import SymmetricMemory
+
+    from shared_files import FileRegion
+
+    attention, plan, (q, k, v, dout, dlse) = build(worker, case)
+    runtime = attention.runtime
+    communicator = SymmetricMemory(worker.group, 60.0, FileRegion(worker.group))
+    runtime._communicators.setdefault(worker.group, {})["cpu"] = communicator
+    plain = runtime.kernel
+
+    def kernel(problem):
+        found = plain(problem)
+        return HalfRounding(found) if problem.value_dim == case.value_dim else found
+
+    runtime.kernel = kernel
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*leaves, plan=plan, return_lse=True)
+    used = (out, lse) if worker.rank == 0 else (out,)
+    torch.autograd.backward(used, (dout, dlse)[: len(used)])
+    whole = Result(
+        plan.unshard(out.detach()),
+        plan.unshard(lse.detach(), dim=2),
+        *(plan.unshard(x.grad) for x in leaves),
+    )
+    return whole if worker.rank == 0 else None
+
+
+class HalfRounding(Rounding):
+    """Whose results are in the inputs' dtype, in fact."""
+
+    name = "half_rounding"
+
+    def forward(self, q, *arguments, **options):
+        out, lse = self.kernel.forward(q, *arguments, **options)
+        return out.to(q.dtype), lse
+
+    def backward(self, dout, q, *arguments, **options):
+        found = self.kernel.backward(dout, q, *arguments, **options)
+        return tuple(x.to(q.dtype) for x in found)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_rank_may_use_its_lse_alone(cpu_pool: RankPool, world: int) -> None:
+    """In which dtype gradients travel is one decision of all ranks."""
+    case = Case(fields={"causal": True, "layout": "contiguous"}, seq_len=64, dtype="bfloat16")
+    result = cpu_pool.run(run_with_one_lse, case, world=world)[0]
+    q, k, v, dout, dlse = (x.double() for x in case.tensors())
+    dlse[:, :, 64 // world :] = 0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = reference.attention(*leaves, reference.visible(64, 64, causal=True))
+    right = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    for found, wanted in zip((result.dq, result.dk, result.dv), right, strict=True):
+        assert (found.double() - wanted).norm() / wanted.norm() < 0.02

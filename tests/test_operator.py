@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import (
 )
 
 from ring_core import reference, registry
+from ring_core.errors import InputError
 from ring_core.operator import NO_PLAN
 from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.tasks import build
@@ -112,9 +114,54 @@ def test_selective_checkpointing_does_not_repeat_the_communication(cpu_pool: Ran
                 assert torch.equal(a, b)
 
 
+def test_layers_share_one_compiled_graph():
+    layers = [registry.create("standard", causal=True) for _ in range(12)]
+    plan = layers[0].plan(12)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    class Block(torch.nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x, plan=plan) + x
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 12, 2, 4, dtype=torch.float64)
+    for attention in layers:
+        block = Block(attention)
+        right = block(x)
+        block.compile(backend=backend, fullgraph=True)
+        assert torch.equal(block(x), right)
+    assert len(compiled) <= 2
+
+
+def test_a_call_whose_output_nobody_uses_is_made():
+    attention = registry.create("standard")
+    plan = attention.plan(4)
+    kept = []
+
+    def backend(graph, inputs):
+        kept.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def model(x):
+        attention(x, x, x, plan=plan)
+        return x * 2
+
+    x = torch.randn(1, 4, 1, 4)
+    torch.compile(model, backend=aot_autograd(fw_compiler=backend))(x)
+    assert any("attend" in name for name in kept), kept
+
+
 def test_a_plan_that_is_gone_is_no_longer_known():
     attention = registry.create("standard")
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="the plan of this call is gone"):
         torch.ops.ring_attention.attend(
             *leaves(1, 4, 1, 4), attention._number, 10**9, False, [False] * 3
         )

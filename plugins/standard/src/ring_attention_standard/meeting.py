@@ -12,21 +12,23 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from ring_core.errors import CommunicatorError
-from ring_core.groups import rank_and_world, store_of
+from ring_core.errors import CommunicatorError, InputError
+from ring_core.groups import by_name, rank_and_world, store_of
 
 _SECONDS = 60
 _BYTES = 256
 
 _met = 0
-_alone: list[Any] = []
+_alone: str | None = None
 
 
-def compare(group: Any, what: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+def compare(
+    group: Any, what: str, mine: Mapping[str, Any], timeout: float = _SECONDS
+) -> list[dict[str, Any]]:
     """What every rank of the group says, by rank; every rank comes here alike.
 
     Raises:
-        CommunicatorError: a rank did not say anything in time.
+        CommunicatorError: a rank did not say anything in ``timeout`` seconds.
     """
     rank, world = rank_and_world(group)
     store = store_of(group)
@@ -35,28 +37,45 @@ def compare(group: Any, what: str, mine: Mapping[str, Any]) -> list[dict[str, An
     keys = [f"ring_attention/symmetric/{what}/{turn}/{peer}" for peer in range(world)]
     store.set(keys[rank], json.dumps(mine))
     try:
-        store.wait(keys, timedelta(seconds=_SECONDS))
+        store.wait(keys, timedelta(seconds=timeout))
     except RuntimeError as error:
         raise CommunicatorError(
-            f"rank {rank} of {world}: some rank did not say its {what} within {_SECONDS} s: {error}"
+            f"rank {rank} of {world}: not every rank said its {what} within {timeout:g} s: {error}"
         ) from error
     return [json.loads(store.get(key)) for key in keys]
 
 
-def share(memory: Tensor, group: Any) -> Any:
-    """torch's handle for ``memory`` and that of the peers, which is as large.
+def catch_up(group: Any, device: torch.device, timeout: float) -> None:
+    """Make the ranks of the group equal in how often they met anybody.
 
     torch (2.11 at least) numbers the exchanges of its rendezvous by process, not by group: ranks
     that made unequally many, in groups of other ranks, would wait for each other's for ever. So
-    those that made fewer make up for it alone first.
+    those that made fewer make up for it alone.
     """
     global _met
-    most = max(said["meetings"] for said in compare(group, "meetings", {"meetings": _met}))
+    said = compare(group, "meetings", {"meetings": _met}, timeout)
+    most = max(one["meetings"] for one in said)
     while _met < most:
-        if not _alone:
-            _alone.append(dist.new_group([dist.get_rank()], use_local_synchronization=True))
-        filler = symmetric.empty(_BYTES, dtype=torch.uint8, device=memory.device)
-        symmetric.rendezvous(filler, _alone[0].group_name)
+        filler = symmetric.empty(_BYTES, dtype=torch.uint8, device=device)
+        symmetric.rendezvous(filler, _only_me())
         _met += 1
+
+
+def share(memory: Tensor, group: Any) -> Any:
+    """torch's handle for ``memory`` and that of the peers, which is as large."""
+    global _met
     _met += 1
     return symmetric.rendezvous(memory, group.group_name)
+
+
+def _only_me() -> str:
+    """The name of a group of this process; made again where torch.distributed was."""
+    global _alone
+    try:
+        if _alone is not None:
+            by_name(_alone)
+    except InputError:
+        _alone = None
+    if _alone is None:
+        _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True).group_name
+    return _alone

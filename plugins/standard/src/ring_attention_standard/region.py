@@ -11,7 +11,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from ring_attention_standard.meeting import share
+from ring_attention_standard.meeting import catch_up, share
 from ring_attention_standard.signals import Signals
 from ring_core.errors import CommunicatorError
 from ring_core.groups import rank_and_world
@@ -37,9 +37,10 @@ class Memory:
             self._captured.append(self._handle)  # replays use it, whatever comes later
         return enough
 
-    def allocate(self, size: int) -> None:
+    def allocate(self, size: int, timeout: float) -> None:
         """Get ``size`` zeroed bytes; every rank of the group comes here."""
         device = torch.device("cuda", torch.cuda.current_device())
+        catch_up(self._group(), device, timeout)
         self.memory = symmetric.empty(max(size, _LEAST), dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize()
         self._handle = share(self.memory, self._group())
@@ -78,8 +79,11 @@ class Region:
             self._stream = torch.cuda.Stream()
         return self._stream
 
-    def grow(self, memory: Memory, needed: int) -> None:
+    def grow(self, memory: Memory, needed: int, timeout: float) -> None:
         """Have ``needed`` bytes; alike on all ranks, so they meet here or none does.
+
+        Args:
+            timeout: seconds to wait for the others.
 
         Raises:
             CommunicatorError: a CUDA graph is being captured, and memory would have to grow.
@@ -92,19 +96,24 @@ class Region:
                 "is captured: run one forward and backward of the same shapes first"
             )
         torch.cuda.synchronize()  # with the meeting below: no peer uses the old memory any more
-        memory.allocate(needed)
+        memory.allocate(needed, timeout)
 
-    def barrier(self, name: str) -> None:
-        """Order what all ranks' streams did so far before what they do next."""
+    def barrier(self, name: str, timeout: float) -> None:
+        """Order what all ranks' streams did so far before what they do next.
+
+        Args:
+            timeout: seconds to wait for the others at the first one.
+        """
         if self._signals is None:
-            self._words.allocate(Signals.bytes)
-            self._signals = Signals(
-                self._rank,
-                self._world,
-                lambda rank, start, numel: self._words.at(
-                    rank, start * torch.int32.itemsize, numel, torch.int32
-                ),
-            )
+            with torch.inference_mode(False):  # words of an inference could not be set later
+                self._words.allocate(Signals.bytes, timeout)
+                self._signals = Signals(
+                    self._rank,
+                    self._world,
+                    lambda rank, start, numel: self._words.at(
+                        rank, start * torch.int32.itemsize, numel, torch.int32
+                    ),
+                )
         self._signals.barrier(name)
 
     def mark(self) -> torch.cuda.Event:
@@ -116,6 +125,10 @@ class Region:
     def wait(self, mark: torch.cuda.Event) -> None:
         """Have the caller's stream wait for ``mark``."""
         torch.cuda.current_stream().wait_event(mark)
+
+    def catch_up(self) -> None:
+        """Have the caller's stream wait for all that was given to the region's so far."""
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def used(self) -> None:
         """What arrived has been used on the caller's stream; the next call may come on another."""

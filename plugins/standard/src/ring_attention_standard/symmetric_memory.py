@@ -76,14 +76,16 @@ class SymmetricMemory(RingCommunicationMixin):
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
         region, device = self._region, tensors[0].device
         with region.turn(device):
-            region.grow(_of(region.keys, one), _bytes_of_keys(one, tensors))
+            region.grow(_of(region.keys, one), _bytes_of_keys(one, tensors), self.timeout)
         mine = [step for step in one.steps if step.requester == self.rank]
         # A copy within one GPU takes SMs: here, before kernels of this call fill them.
-        self._put_keys(one, mine, tensors)
+        if mine:
+            region.catch_up()  # earlier calls may have come on another stream
+            self._put_keys(one, mine, tensors)
         with region.turn(device):
-            region.barrier("free")
+            region.barrier("free", self.timeout)
             self._put_keys(one, [step for step in one.steps if step not in mine], tensors)
-            region.barrier("keys")
+            region.barrier("keys", self.timeout)
             mark = region.mark()
         self.counters.transfers += 1
         blocks = [self._blocks(self.rank, one, one.blocks, tensors, i) for i in _each(tensors)]
@@ -101,7 +103,7 @@ class SymmetricMemory(RingCommunicationMixin):
         region = self._region
         received: list[list[tuple[Tensor, ...]]] = []
         with region.turn(like[0].device):
-            region.grow(_of(region.slots, one), _bytes_of_gradients(one.steps, like))
+            region.grow(_of(region.slots, one), _bytes_of_gradients(one.steps, like), self.timeout)
             for place, step in enumerate(one.steps):
                 mine = []
                 for i in _each(like):
@@ -112,7 +114,8 @@ class SymmetricMemory(RingCommunicationMixin):
                     dtype = gradient_dtype(like[i].dtype, step.rounded)
                     self._count(step, step.parts, step.give, like[i], dtype)
                 received.append(list(zip(*mine, strict=True)))
-            region.barrier(f"gradients of {'odd' if one.number % 2 else 'even'} rounds")
+            turn = "odd" if one.number % 2 else "even"
+            region.barrier(f"gradients of {turn} rounds", self.timeout)
             mark = region.mark()
         self.counters.transfers += 1
         return _Transfer(region, mark, received, (gradients, _of(region.slots, one).memory))
