@@ -138,8 +138,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
     ctx.rest = attention, plan, training, wants
-    if type(plan) is int:  # and no tracer's symbol
-        ctx.alive = _known.get(plan)
+    if type(attention) is Tensor and type(plan) is int:  # not while a graph is traced
+        ctx.alive = _known.get(int(attention)), _known.get(plan)
 
 
 def _differentiate(
