@@ -38,8 +38,7 @@ class Place:
     def run(self) -> range | None:
         """The place as neighbouring rows of all heads and batch rows, if it is that."""
         rows = self.rows
-        whole = self.heads == ALL_HEADS and self.batch is None
-        if whole and rows.repeat == 1 and (rows.step == 1 or rows.count == 1):
+        if rows.is_run and self.heads == ALL_HEADS and self.batch is None:
             return range(rows.start, rows.start + rows.count)
         return None
 
@@ -113,7 +112,9 @@ class Sum:
             if run.start <= rows.start and rows.stop <= run.stop and x.dtype == dtype:
                 return _rows(x, run, slice(rows.start, rows.stop))
         self.settle()
-        return self.result(dtype)[:, rows.start : rows.stop]
+        if self._state is None:
+            return self.result(dtype)[:, rows.start : rows.stop]
+        return self._state[:, rows.start : rows.stop].to(dtype)
 
     def _first(self, dtype: torch.dtype) -> Tensor:
         """Where the result is written: over the first tile's, where that has the whole shape."""

@@ -65,7 +65,8 @@ class RingAttentionConfig(BaseModel):
     """Bitwise repeatable results, forward and backward."""
 
     timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
-    """Seconds that a rank waits for a peer, at a step or at a first call, before it gives up."""
+    """Seconds that a rank waits for a peer before it gives up: at a first call of a kind, and at
+    every step where the communicator can bound that (over gloo; not yet between GPUs)."""
 
     @field_validator("window")
     @classmethod

@@ -33,6 +33,11 @@ class Rows:
     def __len__(self) -> int:
         return self.count * self.repeat
 
+    @property
+    def is_run(self) -> bool:
+        """Whether these are neighbouring rows: a unit step, and no repetition."""
+        return self.repeat == 1 and (self.step == 1 or self.count == 1)
+
     def indices(self) -> list[int]:
         """The row indices, repetition by repetition."""
         return [

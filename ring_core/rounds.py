@@ -275,7 +275,10 @@ def _all_see_all(found: _Gathered) -> bool:
         return False
     (near,), (far,), (block,) = found.own, found.tiles, found.blocks
     dense = all(
-        tile.mask == FULL and tile.heads == ALL_HEADS and tile.batch is None and is_plain_band(tile)
+        tile.mask == FULL
+        and tile.heads == ALL_HEADS
+        and tile.batch is None
+        and _is_plain_band(tile)
         for tile in (near, far)
     )
     same = near.q == far.q and far.kv == Rows(0, block.rows)
@@ -293,7 +296,7 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
     solid: dict[int, list[_Read]] = {}
     packed: dict[tuple[int, Rows], list[_Read]] = {}
     for read in reads:
-        if _is_solid(read.tile.kv):
+        if read.tile.kv.is_run:
             solid.setdefault(read.place, []).append(read)
         else:
             packed.setdefault((read.place, read.tile.kv), []).append(read)
@@ -318,31 +321,27 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
 
 def _counted_from(kv: Rows, piece: Rows, row: int) -> Rows:
     """A tile's rows, given in the owner's shard, counted in the block where ``piece`` is at row."""
-    if _is_solid(kv):
+    if kv.is_run:
         return Rows(row + kv.start - piece.start, kv.count)
     return Rows(row, kv.count, 1, kv.repeat, kv.count)
 
 
 def _merged(tiles: Sequence[Tile]) -> list[Tile]:
     """Tiles of one block, neighbours joined where their union is a band."""
-    plain = [tile for tile in tiles if is_plain_band(tile)]
-    done = [tile for tile in tiles if not is_plain_band(tile)]
+    plain = [tile for tile in tiles if _is_plain_band(tile)]
+    done = [tile for tile in tiles if not _is_plain_band(tile)]
     for batch in dict.fromkeys(tile.batch for tile in plain):
         done += merge_tiles([tile for tile in plain if tile.batch == batch])
     return done
 
 
-def is_plain_band(tile: Tile) -> bool:
+def _is_plain_band(tile: Tile) -> bool:
     """Whether a tile is a rectangle of neighbouring rows under a band."""
-    return isinstance(tile.mask, Band) and _is_solid(tile.q) and _is_solid(tile.kv)
-
-
-def _is_solid(rows: Rows) -> bool:
-    return rows.repeat == 1 and (rows.step == 1 or rows.count == 1)
+    return isinstance(tile.mask, Band) and tile.q.is_run and tile.kv.is_run
 
 
 def _touch(a: Rows, b: Rows) -> bool:
-    return _is_solid(a) and _is_solid(b) and a.start + a.count == b.start
+    return a.is_run and b.is_run and a.start + a.count == b.start
 
 
 def _span(a: Rows, b: Rows) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,20 +14,23 @@ import torch.distributed as dist
 class Files:
     """Bytes of every rank, each in a file."""
 
-    def __init__(self, folder: Path, rank: int, world: int) -> None:
-        self.folder, self.rank, self.world, self.size, self.times = folder, rank, world, 0, 0
+    def __init__(self, name: str, rank: int, world: int) -> None:
+        self.name, self.rank, self.world, self.size, self.times = name, rank, world, 0, 0
         self.memory: list[torch.Tensor] = []
 
     def allocate(self, needed: int, group) -> None:
         self.times += 1
         self.size = max(needed, 256)
-        paths = [self.folder / f"{self.times}-{rank}" for rank in range(self.world)]
+        folder = Path(tempfile.gettempdir())
+        paths = [folder / f"{self.name}-{self.times}-{rank}" for rank in range(self.world)]
         paths[self.rank].write_bytes(b"\xff" * self.size)  # as numbers NaN: unwritten rows show
         dist.barrier(group)
         self.memory = [
             torch.from_file(str(path), shared=True, size=self.size, dtype=torch.uint8)
             for path in paths
         ]
+        dist.barrier(group)
+        paths[self.rank].unlink()  # all have it mapped
 
     def at(self, rank: int, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         stop = start + numel * dtype.itemsize
@@ -40,19 +44,13 @@ class FileRegion:
     def __init__(self, group) -> None:
         self.group = group
         rank, world = dist.get_rank(group), dist.get_world_size(group)
-        folder = [tempfile.mkdtemp() if rank == 0 else ""]
-        dist.broadcast_object_list(folder, dist.get_global_rank(group, 0), group)
-        self.folder = Path(folder[0])
+        unique = [uuid.uuid4().hex]
+        dist.broadcast_object_list(unique, dist.get_global_rank(group, 0), group)
         self.keys, self.slots = (
-            [Files(self._made(f"{name}-{turn}"), rank, world) for turn in range(2)]
+            [Files(f"ring-{unique[0]}-{name}-{turn}", rank, world) for turn in range(2)]
             for name in ("keys", "slots")
         )
         self.barriers: list[str] = []
-
-    def _made(self, name: str) -> Path:
-        path = self.folder / name
-        path.mkdir(exist_ok=True)
-        return path
 
     def grow(self, memory: Files, needed: int, timeout: float) -> None:
         if memory.size < needed:

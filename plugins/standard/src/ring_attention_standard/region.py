@@ -32,8 +32,8 @@ class Memory:
     def has(self, needed: int) -> bool:
         """Whether there are ``needed`` bytes; then a graph that is being captured keeps them."""
         enough = self.memory is not None and self.memory.numel() >= needed
-        if enough and torch.cuda.is_current_stream_capturing():
-            self._captured = [*(kept for kept in self._captured if kept is not self._handle)]
+        new = not any(kept is self._handle for kept in self._captured)
+        if enough and new and torch.cuda.is_current_stream_capturing():
             self._captured.append(self._handle)  # replays use it, whatever comes later
         return enough
 

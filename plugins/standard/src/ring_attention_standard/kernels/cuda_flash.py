@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ring_attention_standard.kernels.bands import rows_apart
-from ring_attention_standard.kernels.heads import common_size, padded
+from ring_attention_standard.kernels.heads import common_size, ready
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Mask
 from ring_core.plan import Tile
@@ -65,7 +65,7 @@ class CudaFlash:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
-        q_, k_, v_ = (_ready(x, size) for x in (q, k, v))
+        q_, k_, v_ = (ready(x, size) for x in (q, k, v))
         left, right = _sides(q, k, mask)
         out, lse, *_ = _forward(
             q_,
@@ -99,7 +99,7 @@ class CudaFlash:
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
-        dout_, q_, k_, v_, out_ = (_ready(x, size) for x in (dout, q, k, v, out))
+        dout_, q_, k_, v_, out_ = (ready(x, size) for x in (dout, q, k, v, out))
         left, right = _sides(q, k, mask)
         unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of a dropout of 0
         with _deterministic(deterministic):
@@ -133,11 +133,6 @@ def _sides(q: Tensor, k: Tensor, mask: Mask) -> tuple[int, int]:
     assert isinstance(mask, Band)
     ends = k.shape[1] - q.shape[1]
     return (-1 if mask.lo is None else ends - mask.lo, -1 if mask.hi is None else mask.hi - ends)
-
-
-def _ready(x: Tensor, size: int) -> Tensor:
-    x = padded(x, size)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
-from ring_attention_standard.kernels.heads import padded
+from ring_attention_standard.kernels.heads import ready
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Mask
 from ring_core.plan import Tile
@@ -90,7 +90,7 @@ class Rectangles(ABC):
         if not self._knows(q.shape[1], k.shape[1], mask):
             return _flash.forward(q, k, v, mask, scale=scale, dropout=dropout)
         size = self._size(q, v)
-        out, lse = self.attend(*(_ready(x, size) for x in (q, k, v)), mask != FULL, scale)
+        out, lse = self.attend(*(ready(x, size) for x in (q, k, v)), mask != FULL, scale)
         return out[..., : v.shape[-1]], lse
 
     def backward(
@@ -121,7 +121,7 @@ class Rectangles(ABC):
                 deterministic=deterministic,
             )
         size = self._size(q, v)
-        inputs = (_ready(x, size) for x in (dout, q, k, v, out))
+        inputs = (ready(x, size) for x in (dout, q, k, v, out))
         dq, dk, dv = self.gradients(*inputs, lse.contiguous(), mask != FULL, scale, deterministic)
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
@@ -132,8 +132,3 @@ class Rectangles(ABC):
     def _knows(self, nq: int, nk: int, mask: Mask) -> bool:
         assert isinstance(mask, Band)
         return min(nq, nk) >= self.least and (mask == FULL or self.is_triangle(nq, nk, mask))
-
-
-def _ready(x: Tensor, size: int) -> Tensor:
-    x = padded(x, size)
-    return x if x.stride(-1) == 1 else x.contiguous()
