@@ -65,6 +65,31 @@ class Band(Mask):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Diagonal(Mask):
+    """Bands of which no two share a row or a key: several tiles as one, as packed documents are.
+
+    Attributes:
+        pieces: query rows, key rows and the band between them, counted from their first ones;
+            ascending in both. What lies outside of them sees nothing.
+    """
+
+    pieces: tuple[tuple[range, range, Band], ...]
+
+    def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
+        import torch
+
+        stop = max([rows.stop, *(q.stop for q, _, _ in self.pieces)])
+        seen = torch.zeros(stop, nk, dtype=torch.bool, device=device)
+        for q, kv, band in self.pieces:
+            inside = band.visible(range(len(q)), len(kv), device)
+            seen[q.start : q.stop, kv.start : kv.stop] = inside
+        return seen[rows.start : rows.stop : rows.step]
+
+    def count(self, nq: int, nk: int) -> int:
+        return sum(band.count(len(q), len(kv)) for q, kv, band in self.pieces)
+
+
 FULL = Band()
 """Every row sees every key."""
 
@@ -100,3 +125,15 @@ def trim(nq: int, nk: int, band: Band) -> tuple[range, range, Band] | None:
     lo, hi = lo + shift, hi + shift
     open_lo, open_hi = lo <= -(len(q) - 1), hi >= len(k) - 1
     return q, k, Band(None if open_lo else lo, None if open_hi else hi)
+
+
+def trim_part(rows: range, keys: range, band: Band) -> tuple[range, range, Band] | None:
+    """:func:`trim` of some rows and keys of a tile under ``band``; the ranges count in the tile."""
+    shift = rows.start - keys.start
+    lo = None if band.lo is None else band.lo + shift
+    hi = None if band.hi is None else band.hi + shift
+    trimmed = trim(len(rows), len(keys), Band(lo, hi))
+    if trimmed is None:
+        return None
+    q, k, inner = trimmed
+    return rows[q.start : q.stop], keys[k.start : k.stop], inner

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ring_core.layout import Layout
 from ring_core.masks import Mask
@@ -37,6 +37,10 @@ class Rows:
     def is_run(self) -> bool:
         """Whether these are neighbouring rows: a unit step, and no repetition."""
         return self.repeat == 1 and (self.step == 1 or self.count == 1)
+
+    def chosen(self, which: range) -> Rows:
+        """Some neighbouring ones of the ``count`` rows, in every repetition."""
+        return replace(self, start=self.start + which.start * self.step, count=len(which))
 
     def indices(self) -> list[int]:
         """The row indices, repetition by repetition."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ring_core.masks import Diagonal
 from ring_core.plan import Plan, Tile
 from ring_core.protocols import AttentionKernel
 from ring_core.rounds import Part, Round, rounds
@@ -35,43 +36,42 @@ class Program:
                 rank computes with another one for reasons of its own.
         """
         usual = usual or kernel
-        mine = _lowered(plan, rank, kernel, shards)
-        if not usual.rounds:
-            return Program(plan, rank, kernel, mine)
-        rounded: dict[int, bool] = {}
-        for peer in range(plan.world):
-            for one in _lowered(plan, peer, usual, shards):
-                for step in one.steps:
-                    once = _read_once(one.tiles, step.parts)
-                    rounded[step.offset] = rounded.get(step.offset, True) and once
-        marked = (
+        rounded = _rounded(plan, usual, shards) if usual.rounds else {}
+        lowered = (
             replace(
                 one,
-                steps=tuple(replace(step, rounded=rounded[step.offset]) for step in one.steps),
+                tiles=tuple(kernel.lower(one.tiles)),
+                steps=tuple(
+                    replace(step, rounded=rounded.get(step.offset, False)) for step in one.steps
+                ),
             )
-            for one in mine
+            for one in rounds(plan, rank, shards, usual.rounds)
         )
-        return Program(plan, rank, kernel, tuple(marked))
+        return Program(plan, rank, kernel, tuple(lowered))
 
 
-def _lowered(plan: Plan, rank: int, kernel: AttentionKernel, shards: float) -> tuple[Round, ...]:
-    return tuple(
-        replace(one, tiles=tuple(piece for tile in one.tiles for piece in kernel.lower(tile)))
-        for one in rounds(plan, rank, shards)
-    )
+def _rounded(plan: Plan, kernel: AttentionKernel, shards: float) -> dict[int, bool]:
+    """For each offset whether gradients of what is fetched there may travel as the kernel rounded
+    them: where on every rank each row's is one tile's, more bits would carry nothing."""
+    rounded: dict[int, bool] = {}
+    for peer in range(plan.world):
+        for one in rounds(plan, peer, shards, kernel.rounds):
+            tiles = kernel.lower(one.tiles)
+            for step in one.steps:
+                once = _read_once(tiles, step.parts)
+                rounded[step.offset] = rounded.get(step.offset, True) and once
+    return rounded
 
 
 def _read_once(tiles: Sequence[Tile], parts: Sequence[Part]) -> bool:
-    """Whether no row of ``parts`` is read by two tiles: then its gradient is one tile's.
-
-    A kernel that rounds gave that gradient in the inputs' dtype, and more bits would carry nothing.
-    """
+    """Whether no row of ``parts`` is read by two tiles."""
     for part in parts:
         inside = []
         for tile in tiles:
-            if tile.block == part.block:
-                first = max(tile.kv.start, part.row)
-                last = min(tile.kv.start + len(tile.kv), part.row + len(part.rows))
+            if tile.block != part.block:
+                continue
+            for run in _keys(tile):
+                first, last = max(run.start, part.row), min(run.stop, part.row + len(part.rows))
                 if first < last:
                     inside.append((first, last, tile.batch))
         inside.sort(key=lambda one: one[:2])
@@ -82,6 +82,14 @@ def _read_once(tiles: Sequence[Tile], parts: Sequence[Part]) -> bool:
                 if batch is None or other is None or _overlap(batch, other):
                     return False
     return True
+
+
+def _keys(tile: Tile) -> list[range]:
+    """The runs of its block that a tile reads."""
+    start = tile.kv.start
+    if isinstance(tile.mask, Diagonal):
+        return [range(start + kv.start, start + kv.stop) for _, kv, _ in tile.mask.pieces]
+    return [range(start, start + len(tile.kv))]
 
 
 def _overlap(a: range, b: range) -> bool:

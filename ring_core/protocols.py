@@ -49,10 +49,14 @@ class AttentionKernel(Protocol):
         """Why this kernel cannot solve ``problem``, or None if it can."""
         ...
 
-    def lower(self, tile: Tile) -> Sequence[Tile]:
-        """Tiles that this kernel computes directly and that are ``tile`` together.
+    def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Tiles that this kernel computes directly and that are ``tiles`` together.
 
-        Every visible pair stands in exactly one of them, and every row of each sees some key.
+        Every visible pair stands in exactly one of them. It may cut tiles, and join some of one
+        block in a :class:`~ring_core.masks.Diagonal`; in all others every row sees some key.
+
+        Args:
+            tiles: of one round.
         """
         ...
 

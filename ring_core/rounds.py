@@ -88,7 +88,7 @@ class Round:
     tiles: tuple[Tile, ...]
 
 
-def rounds(plan: Plan, rank: int, shards: float) -> tuple[Round, ...]:
+def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[Round, ...]:
     """What ``rank`` does, in order.
 
     Args:
@@ -96,15 +96,14 @@ def rounds(plan: Plan, rank: int, shards: float) -> tuple[Round, ...]:
             offset (held while the next one arrives), and a rank leaves out rounds in which it
             neither moves nor computes anything. More: offsets share rounds as far as that goes,
             and all ranks have equally many rounds.
+        waits: whether some queries wait for all keys, where all see all and one round brings all
+            others': worth it for kernels that round.
     """
     groups = _offsets(plan, shards)
-    own = plan.tiles(rank, rank)
-    if shards > 1 and groups:
-        own = _waited_for(plan, rank, groups[0]).own
+    gather = _waited_for if waits and len(groups) == 1 else _gathered
+    own = gather(plan, rank, groups[0]).own if groups else plan.tiles(rank, rank)
     done = [Round(0, 0, (), (), tuple(own))]
     for offsets in groups:
-        # Where several offsets share a round, the first one may bring the rank's own keys too.
-        gather = _waited_for if shards > 1 and offsets == groups[0] else _gathered
         mine = gather(plan, rank, offsets)
         steps = []
         for place, t in enumerate(mine.offsets):

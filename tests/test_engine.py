@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from ring_attention_standard.kernels.eager import Eager
+from ring_attention_standard.kernels.varlen import joined
 
 import planners
 from ring_core import reference, registry
@@ -173,24 +175,37 @@ class Rounding:
         return getattr(self.kernel, name)
 
 
-def run_in_rounds(worker: Worker, case: Case, shards: float, rounds: bool) -> Result | None:
-    """The case through rounds of several steps, with a kernel that rounds or does not."""
+class Joining(Eager):
+    """A kernel that computes several tiles in one call, as those for packed documents do."""
+
+    def lower(self, tiles):
+        return joined(tiles, lambda nq, nk, band: "any")
+
+
+def run_in_rounds(worker: Worker, case: Case, shards: float, kernel: str) -> Result | None:
+    """The case through rounds of several steps; of one step each where one shard may be held."""
+    from ring_attention_standard.point_to_point import PointToPoint
     from ring_attention_standard.symmetric_memory import SymmetricMemory
 
     from shared_files import FileRegion
 
     attention, plan, (q, k, v, dout, dlse) = build(worker, case)
-    communicator = SymmetricMemory(worker.group, 60.0, FileRegion(worker.group))
-    communicator.shards = shards
+    if shards == 1:
+        communicator = PointToPoint(worker.group, 60.0)
+    else:
+        communicator = SymmetricMemory(worker.group, 60.0, FileRegion(worker.group))
+        communicator.shards = shards
     runtime = attention.runtime
     runtime._communicators.setdefault(worker.group, {})["cpu"] = communicator
-    if rounds:
-        plain = runtime.kernel
+    plain = runtime.kernel
+    if kernel == "rounding":
         runtime.kernel = lambda problem: Rounding(plain(problem))
+    elif kernel == "joining":
+        runtime.kernel = lambda problem: Rounding(Joining())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves, plan=plan, return_lse=True)
     torch.autograd.backward((out, lse), (dout, dlse))
-    names = communicator._region.barriers
+    names = [] if shards == 1 else communicator._region.barriers
     assert all(a != b for a, b in pairwise(names)), "a word could be set before it was seen"
     elements = elements_sent(plan.plan, plan.rank, case.kv_heads)
     fetched = elements_fetched(plan.plan, plan.rank, case.kv_heads)
@@ -205,11 +220,20 @@ def run_in_rounds(worker: Worker, case: Case, shards: float, rounds: bool) -> Re
 
 
 @pytest.mark.parametrize(
-    ("world", "shards", "rounds"),
-    [(2, 3, False), (3, 1.5, True), (4, 3, True), (8, 3, False), (8, 9, True)],
+    ("world", "shards", "kernel"),
+    [
+        (2, 1, "rounding"),
+        (2, 3, "usual"),
+        (2, 3, "rounding"),
+        (3, 1.5, "rounding"),
+        (3, 3, "joining"),
+        (4, 3, "rounding"),
+        (8, 3, "usual"),
+        (8, 9, "joining"),
+    ],
 )
 def test_rounds_of_several_steps_equal_the_reference(
-    cpu_pool: RankPool, world: int, shards: float, rounds: bool
+    cpu_pool: RankPool, world: int, shards: float, kernel: str
 ) -> None:
     """The communicator of GPUs, over files in place of their memory."""
     for fields in (
@@ -221,7 +245,7 @@ def test_rounds_of_several_steps_equal_the_reference(
     ):
         for sizes in (
             {"seq_len": 16 * world + 3, "batch": 2, "value_dim": 12},
-            {"cu_seqlens": (0, 1, 14, 14, 41, 43)},
+            {"cu_seqlens": (0, 1, 14, 14, 41, 43), "batch": 2},
             {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
             {"seq_len": 13, "kv_len": 40},
         ):
@@ -235,7 +259,7 @@ def test_rounds_of_several_steps_equal_the_reference(
             )
             if case.lengths is not None:
                 seen = reference.within_lengths(seen, case.lengths)
-            result = cpu_pool.run(run_in_rounds, case, shards, rounds, world=world)[0]
+            result = cpu_pool.run(run_in_rounds, case, shards, kernel, world=world)[0]
             errors = result.errors(expected_of(case, seen))
             assert all(error < 1e-10 for error in errors.values()), (case, errors)
 

@@ -7,11 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ring_attention_standard import StandardConfig
+from ring_attention_standard.kernels.cpu_flash import CpuFlash
+from ring_attention_standard.kernels.cuda_flash import CudaFlash
+from ring_attention_standard.kernels.cudnn import Cudnn
+from ring_attention_standard.kernels.flash4 import Flash4
 from ring_attention_standard.planner import plan_dense
 
 from ring_core import reference
 from ring_core.layout import contiguous, striped, zigzag
 from ring_core.masks import Band, trim
+from ring_core.program import Program
 from ring_core.rounds import elements_sent, rounds
 from ring_core.sequences import Sequences
 
@@ -111,9 +116,11 @@ def test_every_send_has_its_receive_and_fits_in_one_shard(config, arguments, wor
                 assert sum(len(part.rows) for part in step.parts) <= plan.keys.size
 
 
-@given(configs, sequence_arguments(), st.integers(1, 9), st.sampled_from([1, 2, 3, 8]))
+@given(
+    configs, sequence_arguments(), st.integers(1, 9), st.sampled_from([1, 2, 3, 8]), st.booleans()
+)
 def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(
-    config, arguments, world, shards
+    config, arguments, world, shards, waits
 ):
     """Whatever shares a round: pairs by the global tokens that stand in its blocks."""
     sequences = Sequences.build(**arguments)
@@ -121,25 +128,69 @@ def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(
     times = torch.zeros(sequences.batch, sequences.q_len, sequences.kv_len, dtype=torch.int32)
     for rank in range(world):
         own = plan.queries.positions(rank)
-        mine = rounds(plan, rank, shards)
+        mine = rounds(plan, rank, shards, waits)
         held = []
         for one in mine:
             blocks = [plan.keys.positions(rank)] if one.index == 0 else _blocks(plan, one)
             held.append(sum(map(len, blocks)) if one.index else 0)
-            for tile in one.tiles:
-                i, j = own[tile.q.indices()], blocks[tile.block][tile.kv.indices()]
-                seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
-                for row in tile.batch or range(sequences.batch):
-                    times[row, i[:, None], j] += seen.int()
+            _count(times, own, one, blocks)
             for step in one.steps:
-                theirs = rounds(plan, step.requester, shards)
+                theirs = rounds(plan, step.requester, shards, waits)
                 asked = [s for o in theirs for s in o.steps if s.offset == step.offset]
                 assert [s.parts for s in asked] == [step.give] or not (asked or step.give)
         if shards > 1:
-            assert [one.index for one in mine] == [one.index for one in rounds(plan, 0, shards)]
+            first = rounds(plan, 0, shards, waits)
+            assert [one.index for one in mine] == [one.index for one in first]
             most = [a + b for a, b in zip(held, [*held[1:], 0], strict=True)]
             assert max(most) <= (max(shards, 2) + 1) * plan.keys.size  # the rank's own may come too
     assert torch.equal(times, _definition(config, sequences, arguments).int())
+
+
+def _count(times, own, one, blocks):
+    """Add the pairs that a round's tiles compute to ``times`` [batch, q_len, kv_len]."""
+    for tile in one.tiles:
+        i, j = own[tile.q.indices()], blocks[tile.block][tile.kv.indices()]
+        seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
+        for row in tile.batch or range(len(times)):
+            times[row, i[:, None], j] += seen.int()
+
+
+@given(
+    configs,
+    sequence_arguments(),
+    st.integers(1, 5),
+    st.sampled_from([1, 3]),
+    st.sampled_from([CpuFlash(), CudaFlash(), Cudnn(), Flash4()]),
+)
+def test_what_kernels_make_of_tiles_computes_each_pair_once(
+    config, arguments, world, shards, kernel
+):
+    """Cut and joined."""
+    sequences = Sequences.build(**arguments)
+    plan = plan_dense(config, sequences, world)
+    wanted = _definition(config, sequences, arguments).int()
+    times = torch.zeros_like(wanted)
+    for rank in range(world):
+        own = plan.queries.positions(rank)
+        for one in Program.build(plan, rank, kernel, shards).rounds:
+            blocks = _blocks(plan, one) if one.index else [plan.keys.positions(rank)]
+            _count(times, own, one, blocks)
+    assert torch.equal(times, wanted)
+
+
+def test_packed_documents_are_few_calls():
+    """Twelve documents on four ranks, with a kernel that takes sequences of different lengths."""
+    sizes = (7, 2, 11, 4, 9, 1, 12, 5, 3, 10, 6, 8)
+    ends = [64 * sum(sizes[:i]) for i in range(13)]
+    plan = plan_dense(StandardConfig(causal=True), Sequences.build(cu_seqlens=ends), 4)
+    for rank in range(4):
+        assert sum(len(one.tiles) for one in rounds(plan, rank, 3)) > 8
+        for kernel in (Flash4(), CudaFlash()):
+            program = Program.build(plan, rank, kernel, 3)
+            own, fetched = program.rounds
+            assert len(own.tiles) == 1
+            assert len(fetched.tiles) <= 2  # some rows see two runs of keys
+            assert all(step.rounded for step in program.rounds[1].steps)
 
 
 def _blocks(plan, one):
@@ -225,7 +276,7 @@ def test_four_zigzag_ranks_make_at_most_three_calls():
 def test_where_all_see_all_a_quarter_of_the_queries_makes_one_call():
     plan = plan_dense(StandardConfig(), Sequences.build(256), 4)
     for rank in range(4):
-        own, fetched = rounds(plan, rank, 3)
+        own, fetched = rounds(plan, rank, 3, waits=True)
         assert [(len(t.q), len(t.kv)) for t in own.tiles] == [(48, 64)]
         assert [(len(t.q), len(t.kv)) for t in fetched.tiles] == [(48, 192), (16, 256)]
         assert [step.source for step in fetched.steps] == [

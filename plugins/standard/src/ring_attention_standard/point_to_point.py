@@ -38,7 +38,7 @@ class PointToPoint(RingCommunicationMixin):
         return None
 
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
-        (step,) = one.steps
+        step, *own = one.steps
         outgoing, borrowed = [], []
         for x in tensors:
             packed = as_packed(step.give, x)
@@ -47,19 +47,26 @@ class PointToPoint(RingCommunicationMixin):
                 pack(step.give, x, packed)
                 borrowed.append(packed)
             outgoing.append(packed)
-        # One step's parts stand in its round's buffer in their own order, end to end.
-        incoming = self.pair([blocks_numel(one.blocks, x) for x in tensors], tensors)
+        # One step's parts stand in its round's buffer in their own order, end to end; the rank's
+        # own rows, if it copies them there too, stand behind.
+        buffers = self.pair([blocks_numel(one.blocks, x) for x in tensors], tensors)
+        incoming = [
+            flat[: parts_numel(step.parts, x)] for flat, x in zip(buffers, tensors, strict=True)
+        ]
+        for flat, into, x in zip(buffers, incoming, tensors, strict=True):
+            for mine in own:
+                pack(mine.parts, x, flat[into.numel() :])
         works, name = self._start(
             step, "fetching keys", (step.requester, outgoing), (step.source, incoming), tag
         )
 
         def received() -> list[tuple[Tensor, ...]]:
             views = [
-                block_views(flat, one.blocks, x) for flat, x in zip(incoming, tensors, strict=True)
+                block_views(flat, one.blocks, x) for flat, x in zip(buffers, tensors, strict=True)
             ]
             return list(zip(*views, strict=True))
 
-        return _Transfer(self, works, name, outgoing, [*incoming, *borrowed], received)
+        return _Transfer(self, works, name, outgoing, [*buffers, *borrowed], received)
 
     def give_back(
         self,
@@ -68,7 +75,7 @@ class PointToPoint(RingCommunicationMixin):
         like: Sequence[Tensor],
         tag: int,
     ) -> Pending:
-        (step,) = one.steps
+        step = one.steps[0]
         outgoing = [
             _end_to_end(
                 [part[i] for part in gradients[0]], x, gradient_dtype(x.dtype, step.rounded)
@@ -85,7 +92,7 @@ class PointToPoint(RingCommunicationMixin):
 
         def received() -> list[list[tuple[Tensor, ...]]]:
             views = [part_views(flat, step.give, x) for flat, x in zip(incoming, like, strict=True)]
-            return [list(zip(*views, strict=True))]
+            return [list(zip(*views, strict=True)), *(list(mine) for mine in gradients[1:])]
 
         return _Transfer(self, works, name, outgoing, incoming, received)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ring_core.masks import CAUSAL, FULL, Band, trim
-from ring_core.plan import Rows, Tile
+from ring_core.masks import CAUSAL, FULL, Band, trim_part
+from ring_core.plan import Tile
 
 Piece = tuple[range, range, Band]
 """Query rows, key rows (both of the tile), and the band between them."""
@@ -32,19 +32,8 @@ def cut(tile: Tile, direct: Callable[[int, int, Band], bool], block: int) -> lis
         return [tile]
     pieces = _pieces(tile.q.count, tile.kv.count, tile.mask, direct, block)
     return [
-        replace(tile, q=_rows(tile.q, q), kv=_rows(tile.kv, kv), mask=band)
+        replace(tile, q=tile.q.chosen(q), kv=tile.kv.chosen(kv), mask=band)
         for q, kv, band in pieces
-    ]
-
-
-def rows_apart(tile: Tile, row: int) -> list[Tile]:
-    """The tile's rows before ``row`` and from it on, each trimmed to the keys that it sees."""
-    assert isinstance(tile.mask, Band)
-    parts = (range(row), range(row, tile.q.count))
-    return [
-        replace(tile, q=_rows(tile.q, q), kv=_rows(tile.kv, kv), mask=band)
-        for rows in parts
-        for q, kv, band in _sub(rows, range(tile.kv.count), tile.mask)
     ]
 
 
@@ -70,20 +59,8 @@ def _pieces(
             edge = rows.start + band.hi + 1
             halves = (range(nk),) if width <= block else (range(min(edge, nk)), range(edge, nk))
             for keys in halves:
-                for q, kv, inner in _sub(rows, keys, band):
+                part = trim_part(rows, keys, band)
+                if part:
+                    q, kv, inner = part
                     for a, b, piece in _pieces(len(q), len(kv), inner, direct, block):
                         yield q[a.start : a.stop], kv[b.start : b.stop], piece
-
-
-def _sub(rows: range, keys: range, band: Band) -> Iterator[Piece]:
-    shift = rows.start - keys.start
-    lo = None if band.lo is None else band.lo + shift
-    hi = None if band.hi is None else band.hi + shift
-    trimmed = trim(len(rows), len(keys), Band(lo, hi))
-    if trimmed:
-        q, kv, inner = trimmed
-        yield rows[q.start : q.stop], keys[kv.start : kv.stop], inner
-
-
-def _rows(rows: Rows, chosen: range) -> Rows:
-    return replace(rows, start=rows.start + chosen.start * rows.step, count=len(chosen))

@@ -44,8 +44,8 @@ class CpuFlash:
             return f"band masks only, not {sorted(m.__name__ for m in problem.masks - {Band})}"
         return None
 
-    def lower(self, tile: Tile) -> Sequence[Tile]:
-        return cut(tile, _direct, _BLOCK)
+    def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return [piece for tile in tiles for piece in cut(tile, _direct, _BLOCK)]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None

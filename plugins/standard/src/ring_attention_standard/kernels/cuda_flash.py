@@ -8,12 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ring_attention_standard.kernels.bands import rows_apart
 from ring_attention_standard.kernels.heads import common_size, ready
+from ring_attention_standard.kernels.varlen import Ends, ends_of, joined, row_by_row
 from ring_core.dropout import Dropout
-from ring_core.masks import FULL, Band, Mask
+from ring_core.masks import FULL, Band, Diagonal, Mask
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
+from ring_core.tiling import rows_apart
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
@@ -44,44 +45,22 @@ class CudaFlash:
             return "needs compute capability 8.0 (Ampere) or newer"
         return None
 
-    def lower(self, tile: Tile) -> Sequence[Tile]:
-        """Cut tiles of more rows than keys where the kernel's window cannot say what they see.
-
-        Counted from aligned ends, it takes a right side of nk or more for an open one, and makes of
-        an open one nk: both are right only while there are no more rows than keys.
-        """
-        nq, nk, band = tile.q.count, tile.kv.count, tile.mask
-        if not isinstance(band, Band) or band == FULL:
-            return (tile,)
-        if band.hi is not None and band.hi + nq - nk >= nk:
-            parts = rows_apart(tile, nk - band.hi)  # from there on the right side is open
-        elif band.hi is None and band.lo is not None and nq > nk:
-            parts = rows_apart(tile, 1 - band.lo)  # up to there rows see all keys
-        else:
-            return (tile,)
-        return [piece for part in parts for piece in self.lower(part)]
+    def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return joined((piece for tile in tiles for piece in _direct(tile)), _sides)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
-        q_, k_, v_ = (ready(x, size) for x in (q, k, v))
-        left, right = _sides(q, k, mask)
-        out, lse, *_ = _forward(
-            q_,
-            k_,
-            v_,
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
-            0.0,
-            False,
-            False,
-            scale=scale,
-            window_size_left=left,
-            window_size_right=right,
-        )
+        tensors = (ready(x, size) for x in (q, k, v))
+        if not isinstance(mask, Diagonal):
+            sides = _sides(q.shape[1], k.shape[1], mask)
+            out, lse = _attend(*tensors, sides, scale)
+            return out[..., : v.shape[-1]], lse
+        ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
+        out, lse = row_by_row(lambda *row: _attend(*row, _common(mask), scale, ends), *tensors)
+        if ends.some_see_nothing:
+            lse.masked_fill_(lse == torch.inf, -torch.inf)  # what it writes for them
         return out[..., : v.shape[-1]], lse
 
     def backward(
@@ -99,40 +78,113 @@ class CudaFlash:
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
-        dout_, q_, k_, v_, out_ = (ready(x, size) for x in (dout, q, k, v, out))
-        left, right = _sides(q, k, mask)
-        unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of a dropout of 0
+        tensors = *(ready(x, size) for x in (dout, q, k, v, out)), lse.contiguous()
         with _deterministic(deterministic):
-            dq, dk, dv = _backward(
-                dout_,
-                q_,
-                k_,
-                v_,
-                out_,
-                lse.contiguous(),
-                None,
-                None,
-                q.shape[1],
-                k.shape[1],
-                0.0,
-                False,
-                unused,
-                unused,
-                scale=scale,
-                window_size_left=left,
-                window_size_right=right,
-            )
+            if isinstance(mask, Diagonal):
+                ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
+                sides = _common(mask)
+                found = row_by_row(lambda *row: _gradients(*row, sides, scale, ends), *tensors)
+            else:
+                sides = _sides(q.shape[1], k.shape[1], mask)
+                found = _gradients(*tensors, sides, scale)
+        dq, dk, dv = found
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
-def _sides(q: Tensor, k: Tensor, mask: Mask) -> tuple[int, int]:
+def _direct(tile: Tile) -> Iterator[Tile]:
+    """Cut tiles of more rows than keys where the kernel's window cannot say what they see.
+
+    Counted from aligned ends, it takes a right side of nk or more for an open one, and makes of an
+    open one nk: both are right only while there are no more rows than keys.
+    """
+    nq, nk, band = tile.q.count, tile.kv.count, tile.mask
+    parts = [tile]
+    if isinstance(band, Band) and band != FULL:
+        if band.hi is not None and band.hi + nq - nk >= nk:
+            parts = rows_apart(tile, nk - band.hi)  # from there on the right side is open
+        elif band.hi is None and band.lo is not None and nq > nk:
+            parts = rows_apart(tile, 1 - band.lo)  # up to there rows see all keys
+    for part in parts:
+        yield from (part,) if part == tile else _direct(part)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sides: tuple[int, int],
+    scale: float,
+    ends: Ends | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[B, rows, heads, D], or with ``ends`` [rows, heads, D] of sequences side by side."""
+    found = _forward(
+        q,
+        k,
+        v,
+        *_lengths(q, k, ends),
+        0.0,
+        False,
+        False,
+        scale=scale,
+        window_size_left=sides[0],
+        window_size_right=sides[1],
+    )
+    return found[0], found[1]
+
+
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sides: tuple[int, int],
+    scale: float,
+    ends: Ends | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of a dropout of 0
+    dq, dk, dv = _backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *_lengths(q, k, ends),
+        0.0,
+        False,
+        unused,
+        unused,
+        scale=scale,
+        window_size_left=sides[0],
+        window_size_right=sides[1],
+    )
+    return dq, dk, dv
+
+
+def _lengths(
+    q: Tensor, k: Tensor, ends: Ends | None
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if ends is None:
+        return None, None, q.shape[1], k.shape[1]
+    return ends.q, ends.kv, ends.longest_q, ends.longest_kv
+
+
+def _sides(nq: int, nk: int, mask: Mask) -> tuple[int, int]:
     """The band as the kernel's window, which is counted from aligned ends; -1 is open.
 
     A trimmed tile's band reaches both its corners, so neither side can be negative.
     """
     assert isinstance(mask, Band)
-    ends = k.shape[1] - q.shape[1]
+    ends = nk - nq
     return (-1 if mask.lo is None else ends - mask.lo, -1 if mask.hi is None else mask.hi - ends)
+
+
+def _common(mask: Diagonal) -> tuple[int, int]:
+    """The window of all its pieces, which :func:`joined` put together by it."""
+    q, kv, band = mask.pieces[0]
+    return _sides(len(q), len(kv), band)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ring_attention_standard.kernels.bands import cut
 from ring_attention_standard.kernels.rectangles import Rectangles
+from ring_attention_standard.kernels.varlen import Ends
 from ring_core.masks import CAUSAL, FULL, Band
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
@@ -37,7 +38,7 @@ class Cudnn(Rectangles):
         return cut(tile, lambda nq, nk, band: band in (FULL, CAUSAL), block=1)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ends: Ends | None
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse, *_ = _forward(q, k, v, None, True, 0.0, causal, False, scale=scale)
@@ -54,6 +55,7 @@ class Cudnn(Rectangles):
         causal: bool,
         scale: float,
         deterministic: bool,
+        ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, keys = q.shape[1], k.shape[1]
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of a dropout of 0

@@ -29,8 +29,8 @@ class Eager:
     def refuse(self, problem: Problem) -> str | None:
         return None
 
-    def lower(self, tile: Tile) -> Sequence[Tile]:
-        return (tile,)
+    def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return tiles
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None

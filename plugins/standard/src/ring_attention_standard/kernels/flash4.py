@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ring_attention_standard.kernels.bands import rows_apart
 from ring_attention_standard.kernels.rectangles import Rectangles
+from ring_attention_standard.kernels.varlen import Ends
 from ring_core.masks import Band
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
+from ring_core.tiling import rows_apart
 
 
 class Flash4(Rectangles):
@@ -24,6 +25,7 @@ class Flash4(Rectangles):
     priority = 30
     head_sizes = (64, 128)  # its gradients at 72 are wrong, 4.0.0b36
     least = 64
+    joins = True
 
     def refuse(self, problem: Problem) -> str | None:
         if not _is_installed():
@@ -40,10 +42,10 @@ class Flash4(Rectangles):
         return rows_apart(tile, nk - band.hi)  # from there on rows see all keys
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ends: Ends | None
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _interface()._flash_attn_fwd(
-            q, k, v, softmax_scale=scale, causal=causal, return_lse=True
+            q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_lengths(ends)
         )
         return out, lse
 
@@ -58,11 +60,32 @@ class Flash4(Rectangles):
         causal: bool,
         scale: float,
         deterministic: bool,
+        ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _interface()._flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, deterministic=deterministic
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=deterministic,
+            **_lengths(ends),
         )
         return dq, dk, dv
+
+
+def _lengths(ends: Ends | None) -> dict[str, Any]:
+    if ends is None:
+        return {}
+    return {
+        "cu_seqlens_q": ends.q,
+        "cu_seqlens_k": ends.kv,
+        "max_seqlen_q": ends.longest_q,
+        "max_seqlen_k": ends.longest_kv,
+    }
 
 
 @cache

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
 from ring_attention_standard.kernels.heads import ready
+from ring_attention_standard.kernels.varlen import Ends, ends_of, joined, row_by_row
 from ring_core.dropout import Dropout
-from ring_core.masks import FULL, Band, Mask
+from ring_core.masks import FULL, Band, Diagonal, Mask
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
 
@@ -30,7 +31,9 @@ class Rectangles(ABC):
     head_sizes: ClassVar[Sequence[int]]
     """What the kernel is asked for, ascending; others are padded to the next one."""
     least: ClassVar[int]
-    """Fewer rows or keys than this go to FlashAttention-2 too."""
+    """Tiles of fewer rows or keys than this go to FlashAttention-2 too."""
+    joins: ClassVar[bool] = False
+    """Whether one call takes sequences of different lengths, however short."""
 
     def refuse(self, problem: Problem) -> str | None:
         if reason := _flash.refuse(problem):
@@ -47,9 +50,12 @@ class Rectangles(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ends: Ends | None
     ) -> tuple[Tensor, Tensor]:
-        """The forward, for one head size: out and lse as :class:`AttentionKernel` has them."""
+        """The forward, for one head size: out and lse as :class:`AttentionKernel` has them.
+
+        With ``ends``, which come where the kernel ``joins``, tensors have no batch dimension.
+        """
 
     @abstractmethod
     def gradients(
@@ -63,6 +69,7 @@ class Rectangles(ABC):
         causal: bool,
         scale: float,
         deterministic: bool,
+        ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The backward, for one head size."""
 
@@ -70,27 +77,27 @@ class Rectangles(ABC):
     def pieces(self, tile: Tile) -> Sequence[Tile]:
         """Rectangles and the kernel's triangles that are a tile which is open to the left."""
 
-    def lower(self, tile: Tile) -> Sequence[Tile]:
-        pieces: Sequence[Tile] = (tile,)
-        if isinstance(tile.mask, Band) and tile.mask.lo is None and tile.mask != FULL:
-            pieces = self.pieces(tile)
-        return [
-            part
-            for piece in pieces
-            for part in (
-                (piece,)
-                if self._knows(piece.q.count, piece.kv.count, piece.mask)
-                else _flash.lower(piece)
-            )
-        ]
+    def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        pieces = [piece for tile in tiles for piece in self._cut(tile)]
+        if self.joins:
+            pieces = joined(pieces, self._kind)
+        known = [self._knows(piece.q.count, piece.kv.count, piece.mask) for piece in pieces]
+        others = [piece for piece, direct in zip(pieces, known, strict=True) if not direct]
+        direct = [piece for piece, direct in zip(pieces, known, strict=True) if direct]
+        return [*direct, *_flash.lower(others)]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
         if not self._knows(q.shape[1], k.shape[1], mask):
             return _flash.forward(q, k, v, mask, scale=scale, dropout=dropout)
-        size = self._size(q, v)
-        out, lse = self.attend(*(ready(x, size) for x in (q, k, v)), mask != FULL, scale)
+        size, causal = self._size(q, v), _is_causal(mask)
+        inputs = [ready(x, size) for x in (q, k, v)]
+        if isinstance(mask, Diagonal):
+            ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
+            out, lse = row_by_row(lambda *row: self.attend(*row, causal, scale, ends), *inputs)
+        else:
+            out, lse = self.attend(*inputs, causal, scale, None)
         return out[..., : v.shape[-1]], lse
 
     def backward(
@@ -120,15 +127,38 @@ class Rectangles(ABC):
                 dropout=dropout,
                 deterministic=deterministic,
             )
-        size = self._size(q, v)
-        inputs = (ready(x, size) for x in (dout, q, k, v, out))
-        dq, dk, dv = self.gradients(*inputs, lse.contiguous(), mask != FULL, scale, deterministic)
+        size, causal = self._size(q, v), _is_causal(mask)
+        inputs = [*(ready(x, size) for x in (dout, q, k, v, out)), lse.contiguous()]
+        if isinstance(mask, Diagonal):
+            ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
+            dq, dk, dv = row_by_row(
+                lambda *row: self.gradients(*row, causal, scale, deterministic, ends), *inputs
+            )
+        else:
+            dq, dk, dv = self.gradients(*inputs, causal, scale, deterministic, None)
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
     def _size(self, q: Tensor, v: Tensor) -> int:
         wanted = max(q.shape[-1], v.shape[-1])
         return next(size for size in self.head_sizes if size >= wanted)
 
+    def _cut(self, tile: Tile) -> Sequence[Tile]:
+        mask = tile.mask
+        is_open = isinstance(mask, Band) and mask.lo is None and mask != FULL
+        return self.pieces(tile) if is_open else (tile,)
+
+    def _kind(self, nq: int, nk: int, band: Band) -> str | None:
+        if band == FULL:
+            return "rectangle"
+        return "triangle" if self.is_triangle(nq, nk, band) else None
+
     def _knows(self, nq: int, nk: int, mask: Mask) -> bool:
+        if isinstance(mask, Diagonal):
+            kinds = {self._kind(len(q), len(kv), band) for q, kv, band in mask.pieces}
+            return self.joins and len(kinds) == 1 and None not in kinds
         assert isinstance(mask, Band)
-        return min(nq, nk) >= self.least and (mask == FULL or self.is_triangle(nq, nk, mask))
+        return min(nq, nk) >= self.least and self._kind(nq, nk, mask) is not None
+
+
+def _is_causal(mask: Mask) -> bool:
+    return (mask.pieces[0][2] if isinstance(mask, Diagonal) else mask) != FULL
