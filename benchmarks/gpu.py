@@ -22,7 +22,15 @@ import torch.distributed as dist
 from measuring import Entry
 
 import hardware
-from peers import CannotRunError, Contender, Problem, context_parallel, ours, ring_flash_attn
+from peers import (
+    CannotRunError,
+    Contender,
+    Problem,
+    context_parallel,
+    ours,
+    ring_flash_attn,
+    ringmaster,
+)
 from ring_core.launching import Worker, launch
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -60,6 +68,7 @@ def contenders(
     )
     if with_peers:
         makers["ring-flash-attn zigzag"] = lambda: ring_flash_attn.contender(problem)
+        makers["ringmaster zigzag"] = lambda: ringmaster.contender(problem)
         makers["torch context_parallel"] = lambda: context_parallel.contender(problem)
     for name, make in makers.items():
         try:

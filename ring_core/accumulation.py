@@ -8,9 +8,9 @@ repeated rows or of some heads, each is put into a state of the accumulation dty
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -73,7 +73,7 @@ class Sum:
         run = place.run
         if run is not None and is_fused(x.device):
             self._waiting.append((run, x, borrowed))
-            if _too_many([one for one, _, _ in self._waiting], self._shape[1]):
+            if _too_many(tuple(one for one, _, _ in self._waiting), self._shape[1]):
                 self.settle()
         elif not borrowed and self._state is None and _is_whole(run, x, self._shape, self._wide):
             self._state = x
@@ -128,7 +128,7 @@ class Sum:
     def _write(self, target: Tensor) -> Tensor:
         from ring_core.fused import sum_into
 
-        for rows, members in cells([run for run, _, _ in self._waiting], self._shape[1]):
+        for rows, members in cells(tuple(run for run, _, _ in self._waiting), self._shape[1]):
             found = [self._waiting[i] for i in members]
             if self._state is None and len(found) == 1 and found[0][1] is target:
                 continue  # it stands there already
@@ -163,7 +163,7 @@ class Merge:
         run = place.run
         if run is not None and is_fused(out.device):
             self._waiting.append((run, out, lse))
-            if _too_many([one for one, _, _ in self._waiting], self._shape[1]):
+            if _too_many(tuple(one for one, _, _ in self._waiting), self._shape[1]):
                 self._put_together()
             return
         if self._state is None:
@@ -217,7 +217,7 @@ class Merge:
     def _write(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         from ring_core.fused import merge_into
 
-        for rows, members in cells([run for run, _, _ in self._waiting], self._shape[1]):
+        for rows, members in cells(tuple(run for run, _, _ in self._waiting), self._shape[1]):
             found = [self._waiting[i] for i in members]
             if self._state is None and len(found) == 1 and found[0][1] is out:
                 continue  # it stands there already
@@ -239,17 +239,24 @@ def is_fused(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def cells(runs: Sequence[range], rows: int) -> Iterator[tuple[slice, list[int]]]:
+@lru_cache(maxsize=1024)
+def cells(runs: tuple[range, ...], rows: int) -> tuple[tuple[slice, tuple[int, ...]], ...]:
     """Cut ``rows`` rows where a run begins or ends; each piece with the runs that cover it."""
     ends = sorted({0, rows, *(run.start for run in runs), *(run.stop for run in runs)})
-    for start, stop in itertools.pairwise(ends):
-        covering = [i for i, run in enumerate(runs) if run.start <= start and stop <= run.stop]
-        yield slice(start, stop), covering
+    return tuple(
+        (
+            slice(start, stop),
+            tuple(i for i, run in enumerate(runs) if run.start <= start and stop <= run.stop),
+        )
+        for start, stop in itertools.pairwise(ends)
+    )
 
 
-def _too_many(runs: Sequence[range], rows: int) -> bool:
+def _too_many(runs: tuple[range, ...], rows: int) -> bool:
     if sum(map(len, runs)) > _SHARDS * rows:
         return True
+    if len(runs) < _SOURCES:
+        return False
     return any(len(members) >= _SOURCES for _, members in cells(runs, rows))
 
 

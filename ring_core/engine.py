@@ -57,13 +57,12 @@ def forward(
         out [B, S, H, Dv] in q's dtype and lse [B, H, S] in the accumulation dtype.
     """
     merged = Merge(q, v.shape[-1], k.shape[2])
-    q_ = grouped(q, k.shape[2])
     for one, keys, values in _with_keys(program.rounds, k, v, communicator, settings):
         for tile in one.tiles:
-            at = _At(tile, one)
+            at = _At(tile, one, k.shape[2])
             with torch.profiler.record_function(f"ring/forward/{at.name}"):
                 out, lse = program.kernel.forward(
-                    at.q(q_),
+                    at.q(q),
                     at.kv(keys[tile.block]),
                     at.kv(values[tile.block]),
                     tile.mask,
@@ -102,23 +101,21 @@ def backward(
         out = F.pad(out, (0, 1))
     kv_heads = k.shape[2]
     dq, dk, dv = (Sum.of(x, kv_heads) for x in (q, k, v))
-    q_, out_, dout_ = (grouped(x, kv_heads) for x in (q, out, dout))
-    lse_ = grouped(lse.transpose(1, 2).unsqueeze(-1), kv_heads)
     homeward: _Homeward | None = None
     walk = _with_keys(program.rounds, k, v, communicator, settings, gives_back=need_kv)
     for one, keys, values in walk:
         found = _Gradients(one, k, v)
         for tile in one.tiles:
-            at = _At(tile, one)
+            at = _At(tile, one, kv_heads)
             with torch.profiler.record_function(f"ring/backward/{at.name}"):
                 value = at.kv(values[tile.block])
                 tile_dq, tile_dk, tile_dv = program.kernel.backward(
-                    at.q(dout_),
-                    at.q(q_),
+                    at.q(dout),
+                    at.q(q),
                     at.kv(keys[tile.block]),
                     value if dlse is None else F.pad(value, (0, 1), value=1.0),
-                    at.q(out_),
-                    at.q(lse_).squeeze(-1).transpose(1, 2),
+                    at.q(out),
+                    at.q(lse.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2),
                     tile.mask,
                     scale=settings.scale,
                     dropout=_dropout(program, one, tile, q, k, settings),
@@ -238,10 +235,10 @@ def _with_keys(
 
 
 class _At:
-    """Where a tile's rows lie in tensors of the form [B, S, K, G, D]."""
+    """Where a tile's rows lie in tensors [B, S, H, D] and [B, S, K, D]."""
 
-    def __init__(self, tile: Tile, one: Round) -> None:
-        self.tile = tile
+    def __init__(self, tile: Tile, one: Round, kv_heads: int) -> None:
+        self.tile, self._kv_heads = tile, kv_heads
         self.name = f"round{one.index}/{len(tile.q)}x{len(tile.kv)}"
         self.queries = Place(tile.q, tile.heads, tile.batch)
         # blocks hold only their heads
@@ -249,11 +246,15 @@ class _At:
 
     def q(self, x: Tensor) -> Tensor:
         """The tile's query rows as a kernel takes them: [b*repeat, count, k*G, D]."""
-        return _window(x, self.queries).flatten(0, 1).flatten(2, 3)
+        run = self.queries.run
+        if run is not None:
+            return x[:, run.start : run.stop]
+        return _window(grouped(x, self._kv_heads), self.queries).flatten(0, 1).flatten(2, 3)
 
     def kv(self, x: Tensor) -> Tensor:
         """The tile's key rows as a kernel takes them: [b*repeat, count, k, D]."""
-        return _window(x, self.keys).flatten(0, 1)
+        run = self.keys.run
+        return _window(x, self.keys).flatten(0, 1) if run is None else x[:, run.start : run.stop]
 
 
 def _window(x: Tensor, place: Place) -> Tensor:

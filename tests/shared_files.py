@@ -17,9 +17,11 @@ class Files:
     def __init__(self, name: str, rank: int, world: int) -> None:
         self.name, self.rank, self.world, self.size, self.times = name, rank, world, 0, 0
         self.memory: list[torch.Tensor] = []
+        self.known: dict = {}
 
     def allocate(self, needed: int, group) -> None:
         self.times += 1
+        self.known.clear()
         self.size = max(needed, 256)
         folder = Path(tempfile.gettempdir())
         paths = [folder / f"{self.name}-{self.times}-{rank}" for rank in range(self.world)]
@@ -52,7 +54,7 @@ class FileRegion:
         )
         self.barriers: list[str] = []
 
-    def grow(self, memory: Files, needed: int, timeout: float) -> None:
+    def grow(self, memory: Files, needed: int, device, timeout: float) -> None:
         if memory.size < needed:
             memory.allocate(needed, self.group)
 

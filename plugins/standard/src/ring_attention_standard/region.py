@@ -21,13 +21,18 @@ _LEAST = 256
 
 
 class Memory:
-    """Bytes that every rank of a group has at hand, of itself and of each peer."""
+    """Bytes that every rank of a group has at hand, of itself and of each peer.
+
+    Attributes:
+        memory: this rank's. known: what users made of places in it, until it is allocated anew.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = weakref.ref(group)  # the group's region holds this
         self._handle: Any = None
         self._captured: list[Any] = []
         self.memory: Tensor | None = None
+        self.known: dict[Any, Any] = {}
 
     def has(self, needed: int) -> bool:
         """Whether there are ``needed`` bytes; then a graph that is being captured keeps them."""
@@ -40,6 +45,7 @@ class Memory:
     def allocate(self, size: int, timeout: float) -> None:
         """Get ``size`` zeroed bytes; every rank of the group comes here."""
         device = torch.device("cuda", torch.cuda.current_device())
+        self.known.clear()
         catch_up(self._group(), device, timeout)
         self.memory = symmetric.empty(max(size, _LEAST), dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize()
@@ -79,11 +85,11 @@ class Region:
             self._stream = torch.cuda.Stream()
         return self._stream
 
-    def grow(self, memory: Memory, needed: int, timeout: float) -> None:
+    def grow(self, memory: Memory, needed: int, device: torch.device, timeout: float) -> None:
         """Have ``needed`` bytes; alike on all ranks, so they meet here or none does.
 
         Args:
-            timeout: seconds to wait for the others.
+            device: this rank's. timeout: seconds to wait for the others.
 
         Raises:
             CommunicatorError: a CUDA graph is being captured, and memory would have to grow.
@@ -95,8 +101,9 @@ class Region:
                 "the shared memory is too small for this call and cannot grow while a CUDA graph "
                 "is captured: run one forward and backward of the same shapes first"
             )
-        torch.cuda.synchronize()  # with the meeting below: no peer uses the old memory any more
-        memory.allocate(needed, timeout)
+        with torch.cuda.device(device.index):
+            torch.cuda.synchronize()  # with the meeting below: no peer uses the old memory any more
+            memory.allocate(needed, timeout)
 
     def barrier(self, name: str, timeout: float) -> None:
         """Order what all ranks' streams did so far before what they do next.
@@ -114,7 +121,7 @@ class Region:
                         rank, start * torch.int32.itemsize, numel, torch.int32
                     ),
                 )
-        self._signals.barrier(name)
+        self._signals.barrier(name, self.stream.cuda_stream)
 
     def mark(self) -> torch.cuda.Event:
         """Reached when the region's stream did all it was given so far."""
@@ -124,21 +131,29 @@ class Region:
 
     def wait(self, mark: torch.cuda.Event) -> None:
         """Have the caller's stream wait for ``mark``."""
-        torch.cuda.current_stream().wait_event(mark)
+        self._caller().wait_event(mark)
 
     def catch_up(self) -> None:
         """Have the caller's stream wait for all that was given to the region's so far."""
-        torch.cuda.current_stream().wait_stream(self.stream)
+        self._caller().wait_stream(self.stream)
 
     def used(self) -> None:
         """What arrived has been used on the caller's stream; the next call may come on another."""
         if not torch.cuda.is_current_stream_capturing():
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(self._caller())
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
         """On the region's stream, after everything that the caller's stream holds."""
-        with torch.cuda.device(device):
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+        with torch.cuda.device(device.index):
+            caller = self._caller()
+            self.stream.wait_stream(caller)
+            # torch.cuda.stream asks the environment for devices each time, which takes longer
+            torch.cuda.set_stream(self.stream)
+            try:
                 yield
+            finally:
+                torch.cuda.set_stream(caller)
+
+    def _caller(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.stream.device_index)

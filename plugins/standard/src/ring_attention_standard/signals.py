@@ -45,10 +45,10 @@ class Signals:
         self._mine = [[at(rank, i * world + peer, 1) for peer in peers] for i in _sets()]
         self._one = torch.ones(1, dtype=torch.int32, device=self._mine[0][0].device)
 
-    def barrier(self, name: str) -> None:
-        """On the current stream: what all ranks' streams did before comes before what follows."""
+    def barrier(self, name: str, stream: int) -> None:
+        """On ``stream``, the current one: what all ranks' streams did before comes before what
+        follows."""
         which = BARRIERS.index(name)
-        stream = torch.cuda.current_stream().cuda_stream
         for word in self._theirs[which]:
             word.copy_(self._one)
         equal = self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ

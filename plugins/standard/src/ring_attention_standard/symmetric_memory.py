@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from ring_attention_standard.region import Region
 from ring_attention_standard.signals import LARGEST
 from ring_core.communication import RingCommunicationMixin
 from ring_core.groups import rank_and_world
+from ring_core.plan import ALL_HEADS
 from ring_core.protocols import Pending
 from ring_core.rounds import Block, Part, Round, Step
 from ring_core.rows import numel, parts_numel, select
@@ -25,6 +27,8 @@ from ring_core.softmax import gradient_dtype
 
 _ALIGNED = 256
 """Bytes: tensors begin at multiples of it."""
+_REMEMBERED = 512
+"""Rounds of plans, with shapes, for which a memory keeps where their rows go."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ALLOW_SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
@@ -75,23 +79,21 @@ class SymmetricMemory(RingCommunicationMixin):
 
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
         region, device = self._region, tensors[0].device
-        with region.turn(device):
-            region.grow(_of(region.keys, one), _bytes_of_keys(one, tensors), self.timeout)
-        mine = [step for step in one.steps if step.requester == self.rank]
+        memory = _of(region.keys, one)
+        way = self._way(memory, one, tensors, _bytes_of_keys, self._way_of_keys)
         # A copy within one GPU takes SMs: here, before kernels of this call fill them.
-        if mine:
+        if way.within:
             region.catch_up()  # earlier calls may have come on another stream
-            self._put_keys(one, mine, tensors)
+            for put in way.within:
+                put.start(tensors)
         with region.turn(device):
             region.barrier("free", self.timeout)
-            self._put_keys(one, [step for step in one.steps if step not in mine], tensors)
+            for put in way.across:
+                put.start(tensors)
             region.barrier("keys", self.timeout)
             mark = region.mark()
-        self.counters.transfers += 1
-        blocks = [self._blocks(self.rank, one, one.blocks, tensors, i) for i in _each(tensors)]
-        return _Transfer(
-            region, mark, list(zip(*blocks, strict=True)), kept=_of(region.keys, one).memory
-        )
+        self._count(way)
+        return _Transfer(region, mark, way.received, kept=memory.memory)
 
     def give_back(
         self,
@@ -101,42 +103,80 @@ class SymmetricMemory(RingCommunicationMixin):
         tag: int,
     ) -> Pending:
         region = self._region
-        received: list[list[tuple[Tensor, ...]]] = []
+        memory = _of(region.slots, one)
+        way = self._way(memory, one, like, _bytes_of_gradients, self._way_of_gradients)
+        flat = [x for step in gradients for part in step for x in part]
         with region.turn(like[0].device):
-            region.grow(_of(region.slots, one), _bytes_of_gradients(one.steps, like), self.timeout)
-            for place, step in enumerate(one.steps):
-                mine = []
-                for i in _each(like):
-                    theirs = self._slot(step.source, one, place, step.parts, like, i)
-                    for slot, part in zip(theirs, gradients[place], strict=True):
-                        _put(slot, part[i])
-                    mine.append(self._slot(self.rank, one, place, step.give, like, i))
-                    dtype = gradient_dtype(like[i].dtype, step.rounded)
-                    self._count(step, step.parts, step.give, like[i], dtype)
-                received.append(list(zip(*mine, strict=True)))
+            for put in way.across:
+                put.start(flat)
             turn = "odd" if one.number % 2 else "even"
             region.barrier(f"gradients of {turn} rounds", self.timeout)
             mark = region.mark()
-        self.counters.transfers += 1
-        return _Transfer(region, mark, received, (gradients, _of(region.slots, one).memory))
+        self._count(way)
+        return _Transfer(region, mark, way.received, kept=(gradients, memory.memory))
 
-    def _put_keys(self, one: Round, steps: Sequence[Step], tensors: Sequence[Tensor]) -> None:
-        for step in steps:
-            for i, x in enumerate(tensors):
+    def _way(
+        self,
+        memory: Any,
+        one: Round,
+        like: Sequence[Tensor],
+        room: Callable[[Sequence[Step], Sequence[Tensor]], int],
+        make: Callable[[_Way, Sequence[Tensor]], None],
+    ) -> _Way:
+        """Made once for a round, tensors' shapes and memory: that takes the processor long."""
+        key = id(one), *((x.shape, x.dtype) for x in like)
+        way: _Way | None = memory.known.get(key)
+        if way is not None and way.one is one:
+            self._region.grow(memory, way.needed, like[0].device, self.timeout)
+            return way
+        way = _Way(one, room(one.steps, like))
+        self._region.grow(memory, way.needed, like[0].device, self.timeout)
+        with torch.inference_mode(False):  # views of an inference could not be written later
+            make(way, like)
+        if len(memory.known) >= _REMEMBERED:
+            memory.known.clear()
+        memory.known[key] = way
+        return way
+
+    def _way_of_keys(self, way: _Way, like: Sequence[Tensor]) -> None:
+        one = way.one
+        mine = (self._blocks(self.rank, one, one.blocks, like, i) for i in _each(like))
+        way.received = list(zip(*mine, strict=True))
+        for step in one.steps:
+            for i, x in enumerate(like):
                 if step.give:
-                    blocks = self._blocks(step.requester, one, step.there, tensors, i)
+                    blocks = self._blocks(step.requester, one, step.there, like, i)
+                    puts = way.within if step.requester == self.rank else way.across
                     for part in step.give:
-                        chosen = select(x, part.rows, part.heads)
                         rows = blocks[part.block][:, part.row : part.row + len(part.rows)]
-                        _put(rows.unflatten(1, chosen.shape[1:3]), chosen)
-                self._count(step, step.give, step.parts, x, x.dtype)
+                        puts.append(_Put(i, rows, part))
+                way.count(step, step.give, step.parts, x, x.dtype)
+
+    def _way_of_gradients(self, way: _Way, like: Sequence[Tensor]) -> None:
+        one, first = way.one, 0
+        for place, step in enumerate(one.steps):
+            mine = []
+            for i, x in enumerate(like):
+                theirs = self._slot(step.source, one, place, step.parts, like, i)
+                for part, there in enumerate(theirs):
+                    way.across.append(_Put(first + part * len(like) + i, there))
+                mine.append(self._slot(self.rank, one, place, step.give, like, i))
+                dtype = gradient_dtype(x.dtype, step.rounded)
+                way.count(step, step.parts, step.give, x, dtype)
+            way.received.append(list(zip(*mine, strict=True)))
+            first += len(step.parts) * len(like)
+
+    def _count(self, way: _Way) -> None:
+        self.counters.transfers += 1
+        self.counters.bytes_sent += way.sent
+        self.counters.bytes_received += way.got
 
     def _blocks(
         self, rank: int, one: Round, blocks: Sequence[Block], like: Sequence[Tensor], which: int
     ) -> list[Tensor]:
         """Where ``rank`` gets the round's keys, or its values: its blocks, [B, rows, heads, D]."""
         x = like[which]
-        start = _bytes_of_keys(one, like[:which])
+        start = _bytes_of_keys(one.steps, like[:which])
         views = []
         for block in blocks:
             size = numel(block.rows, block.heads, x)
@@ -167,7 +207,61 @@ class SymmetricMemory(RingCommunicationMixin):
             start += size * dtype.itemsize
         return views
 
-    def _count(
+
+class _Put:
+    """Rows of one tensor that go to one place, batch row by batch row: each is one piece of memory,
+    which a copy engine can move.
+
+    Args:
+        which: of the tensors that a transfer is given.
+        there: [B, rows, heads, D]. part: the rows; all of the tensor if not given.
+    """
+
+    def __init__(self, which: int, there: Tensor, part: Part | None = None) -> None:
+        self._which, self._part = which, part
+        self._run: slice | None = slice(None)
+        if part is not None:
+            rows, whole = part.rows, part.heads == ALL_HEADS
+            self._run = None
+            if rows.is_run and whole:
+                self._run = slice(rows.start, rows.start + rows.count)
+            else:
+                there = there.unflatten(1, (rows.repeat, rows.count))
+        self._there = there.unbind(0)
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """On the current stream."""
+        x = tensors[self._which]
+        if self._run is None:
+            assert self._part is not None
+            x = select(x, self._part.rows, self._part.heads)
+            for b, there in enumerate(self._there):
+                there.copy_(x[b])
+        else:
+            for b, there in enumerate(self._there):
+                there.copy_(x[b, self._run])
+
+
+@dataclass
+class _Way:
+    """Where the rows of a round go and come, for tensors of some shapes.
+
+    Attributes:
+        needed: bytes of the memory that it leads to.
+        received: what waiting for the transfer gives.
+        within, across: what is put into this rank's memory, and into the peers'.
+        sent, got: bytes, as they are counted.
+    """
+
+    one: Round
+    needed: int
+    received: list[Any] = field(default_factory=list)
+    within: list[_Put] = field(default_factory=list)
+    across: list[_Put] = field(default_factory=list)
+    sent: int = 0
+    got: int = 0
+
+    def count(
         self,
         step: Step,
         sent: Sequence[Part],
@@ -175,9 +269,10 @@ class SymmetricMemory(RingCommunicationMixin):
         like: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        if step.source != self.rank:
-            self.counters.bytes_sent += parts_numel(sent, like) * dtype.itemsize
-            self.counters.bytes_received += parts_numel(received, like) * dtype.itemsize
+        """Add what a step moves between ranks."""
+        if step.offset:
+            self.sent += parts_numel(sent, like) * dtype.itemsize
+            self.got += parts_numel(received, like) * dtype.itemsize
 
 
 class _Transfer:
@@ -199,20 +294,14 @@ class _Transfer:
         self.region.used()
 
 
-def _put(there: Tensor, here: Tensor) -> None:
-    """Copy batch row by batch row: each is one piece of memory, which a copy engine can move."""
-    for to, what in zip(there.unbind(0), here.unbind(0), strict=True):
-        to.copy_(what)
-
-
 def _shaped(flat: Tensor, rows: int, like: Tensor) -> Tensor:
     batch, dim = like.shape[0], like.shape[3]
     return flat.view(batch, rows, -1, dim)
 
 
-def _bytes_of_keys(one: Round, tensors: Sequence[Tensor]) -> int:
-    """Room for what any rank fetches in this round: alike on every rank."""
-    return sum(_room(one.steps, x, x.element_size()) for x in tensors)
+def _bytes_of_keys(steps: Sequence[Step], like: Sequence[Tensor]) -> int:
+    """Room for what any rank fetches at the steps of a round: alike on every rank."""
+    return sum(_room(steps, x, x.element_size()) for x in like)
 
 
 def _bytes_of_gradients(steps: Sequence[Step], like: Sequence[Tensor]) -> int:
