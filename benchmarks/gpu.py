@@ -167,28 +167,37 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Efficiency of every contender, forward with backward."""
+    """Time of every contender, and beside it its share of its own kernel family's ideal."""
     from matplotlib import pyplot
 
+    height = -(-len(results) // 2)
     figure, panels = pyplot.subplots(
-        1, len(results), figsize=(5.5 * len(results), 3.2), squeeze=False, layout="constrained"
+        height, 2, figsize=(12, 0.6 + 2.6 * height), squeeze=False, layout="constrained"
     )
-    for panel, result in zip(panels[0], results, strict=True):
-        rows = {n: r["efficiency"] for n, r in result["rows"].items() if "efficiency" in r}
-        places = range(len(rows))
-        for shift, key, label in ((0.2, "forward", "forward"), (-0.2, "both", "with backward")):
-            values = [row[key] for row in rows.values()]
-            bars = panel.barh([p + shift for p in places], values, height=0.38, label=label)
-            panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        panel.set_yticks(list(places), list(rows))
+    for panel, result in zip(panels.flat, results, strict=False):
+        rows = {n: row for n, row in result["rows"].items() if "efficiency" in row}
+        forward = [row["forward"] for row in rows.values()]
+        both = [row["both"] for row in rows.values()]
+        backward = [b - f for b, f in zip(both, forward, strict=True)]
+        panel.barh(list(rows), forward, label="forward", color="#1f77b4")
+        bars = panel.barh(list(rows), backward, left=forward, label="backward", color="#ff7f0e")
+        shares = [
+            f"{x:.1f} ms, {row['efficiency']['both']:.2f}"
+            for x, row in zip(both, rows.values(), strict=True)
+        ]
+        panel.bar_label(bars, shares, padding=3, fontsize=8)
         panel.invert_yaxis()
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xlim(0, 1.25)
-        packed = ", packed" if result["packed"] else ""
-        panel.set_title(f"{result['world']} GPUs, {result['per_rank']} per GPU{packed}")
-        panel.set_xlabel("share of the ideal")
-    panels[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+        panel.set_xlim(0, 1.3 * max(both))
+        packed = ", 12 packed documents" if result["packed"] else ""
+        panel.set_title(
+            f"{result['world']} GPUs, {result['per_rank']} tokens per GPU{packed}", fontsize=10
+        )
+        panel.set_xlabel("ms; share of the ideal of the same kernels", fontsize=8)
+    for panel in list(panels.flat)[len(results) :]:
+        panel.set_axis_off()
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -216,7 +225,7 @@ def main() -> None:
         page = [
             f"# Exact causal attention, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}, bfloat16",
             "",
-            *hardware.lines(),
+            *hardware.lines(options.output),
             "",
             f"![efficiency]({name}.png)",
             "",

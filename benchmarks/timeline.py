@@ -25,7 +25,7 @@ KINDS = {
     "keys, values and gradients on the wire": ("#d1495b", ("ptop",)),
     "copies within the GPU": ("#edae49", ("dtod", "memset", "fill", "copy")),
     "before and after": ("#66a182", ("dot_do_o", "convert", "reduce", "preprocess", "postprocess")),
-    "merging and adding": ("#00798c", ("_combine",)),
+    "merging and adding": ("#00798c", ("_combine", "functor_add")),
     "attention": ("#2e4057", ("fprop", "bprop", "fwd_sm90", "bwd_sm90", "flash")),
     "other": ("#8d96a3", ("",)),
 }
