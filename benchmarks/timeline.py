@@ -45,7 +45,8 @@ def record(worker: Worker, per_rank: int, kernel: str, calls: int = 3) -> list[d
     for _ in range(5):
         call()
     torch.cuda.synchronize()
-    dist.barrier()
+    if worker.world > 1:
+        dist.barrier()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         for _ in range(calls):
             call()
