@@ -72,10 +72,15 @@ class Entry:
             self.memory[name] = counted + self.contender.uncounted()
 
     def turn(self) -> None:
-        """Milliseconds of a run, several of them back to back, as training steps come."""
+        """Milliseconds of a run, several of them back to back, as training steps come.
+
+        One more goes before them and is not counted: it starts with idle GPUs, which wait for the
+        processor.
+        """
         for name, run in self.ways.items():
             self._together()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            run()
             start.record()
             for _ in range(self.repeats):
                 run()

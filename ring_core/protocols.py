@@ -75,7 +75,8 @@ class AttentionKernel(Protocol):
         Returns:
             out [B, Sq, H, Dv], in q's dtype if the kernel ``rounds``, else in the accumulation
             dtype; lse [B, H, Sq], natural log, float32
-            (float64 for float64 inputs), of the scores before dropout.
+            (float64 for float64 inputs), of the scores before dropout. Rows between the pieces of a
+            :class:`~ring_core.masks.Diagonal` get out 0 and lse -inf.
         """
         ...
 
@@ -96,7 +97,8 @@ class AttentionKernel(Protocol):
         """This tile's gradients, given ``out`` and ``lse`` of the whole attention (merged tiles).
 
         Returns:
-            dq, dk, dv shaped like q, k, v, in the dtype that ``out`` of the forward had.
+            dq, dk, dv shaped like q, k, v, in the dtype that ``out`` of the forward had; 0 for rows
+            and keys between the pieces of a :class:`~ring_core.masks.Diagonal`.
         """
         ...
 
@@ -121,8 +123,10 @@ class Pending(Protocol):
 class Communicator(Protocol):
     """Moves rows between the ranks of one group.
 
-    The engine calls the same sequence of transfers, with the same rounds, on every rank; ranks may
-    leave out rounds of one step that neither give nor take anything.
+    The engine calls the same sequence of transfers, with the same rounds, on every rank; where
+    ``shards`` is 1, ranks may leave out rounds that neither give nor take anything. A round's last
+    step may be from the rank to itself (offset 0): its rows are copied into their block like the
+    others', and their gradients handed back.
     """
 
     name: ClassVar[str]

@@ -55,7 +55,7 @@ class Step:
         give: rows of its own that ``requester`` fetches.
         there: the blocks of the requester's round.
         sizes: what the ranks fetch at this offset, as (rows, heads) of their parts, each once;
-            nothing where every round is one offset.
+            nothing where one shard may be held.
         rounded: whether gradients, which take the same ways back, travel in the inputs' dtype;
             else in the accumulation dtype. Alike on every rank.
     """
@@ -97,7 +97,8 @@ def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[R
             neither moves nor computes anything. More: offsets share rounds as far as that goes,
             and all ranks have equally many rounds.
         waits: whether some queries wait for all keys, where all see all and one round brings all
-            others': worth it for kernels that round.
+            others': worth it for kernels that round. That round then has one more step, of offset
+            0, and holds the rank's own keys too: up to one shard more.
     """
     groups = _offsets(plan, shards)
     gather = _waited_for if waits and len(groups) == 1 else _gathered

@@ -71,7 +71,7 @@ class FileRegion:
     def wait(self, mark) -> None:
         pass
 
-    def catch_up(self) -> None:
+    def catch_up(self, device) -> None:
         pass
 
     def used(self) -> None:

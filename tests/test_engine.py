@@ -264,6 +264,56 @@ def test_rounds_of_several_steps_equal_the_reference(
             assert all(error < 1e-10 for error in errors.values()), (case, errors)
 
 
+CHANGING = [
+    (fields, seq_len, batch)
+    for seq_len, batch in ((19, 1), (64, 2), (5, 1), (40, 1), (19, 2), (64, 1))
+    for fields in ({}, {"causal": True, "layout": "zigzag"}, {"window": (3, 2)})
+]
+
+
+def changing_calls(worker: Worker, kind: str) -> list[Result] | None:
+    """One communicator, memory that grows, plans made anew, ways that are forgotten in between."""
+    from ring_attention_standard import symmetric_memory
+    from ring_attention_standard.point_to_point import PointToPoint
+
+    from shared_files import FileRegion
+
+    symmetric_memory._REMEMBERED = 5
+    if kind == "p2p":
+        communicator = PointToPoint(worker.group, 60.0)
+    else:
+        region = FileRegion(worker.group)
+        communicator = symmetric_memory.SymmetricMemory(worker.group, 60.0, region)
+    attentions, results = {}, []
+    for number, (fields, seq_len, batch) in enumerate(CHANGING):
+        case = Case(fields=fields, seq_len=seq_len, batch=batch)
+        attention = attentions.setdefault(str(fields), build(worker, case)[0])
+        runtime = attention.runtime
+        runtime._communicators.setdefault(worker.group, {})["cpu"] = communicator
+        runtime.kernel = lambda problem: Rounding(Joining())
+        if number % 4 == 3:
+            runtime.plans._values.clear()
+        plan = attention.plan(seq_len)
+        q, k, v, dout, dlse = case.tensors()
+        leaves = [plan.shard(x).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*leaves, plan=plan, return_lse=True)
+        torch.autograd.backward((out, lse), (plan.shard(dout), plan.shard(dlse, dim=2)))
+        whole = plan.unshard(out.detach()), plan.unshard(lse.detach(), dim=2)
+        results.append(Result(*whole, *(plan.unshard(x.grad) for x in leaves)))
+    return results if worker.rank == 0 else None
+
+
+@pytest.mark.parametrize(("kind", "world"), [("p2p", 2), ("symmetric", 2), ("symmetric", 3)])
+def test_a_communicator_serves_calls_that_change(cpu_pool: RankPool, kind: str, world: int) -> None:
+    found = cpu_pool.run(changing_calls, kind, world=world)[0]
+    for (fields, seq_len, batch), result in zip(CHANGING, found, strict=True):
+        case = Case(fields=fields, seq_len=seq_len, batch=batch)
+        masks = {name: fields[name] for name in ("causal", "window") if name in fields}
+        right = expected_of(case, reference.visible(seq_len, seq_len, **masks))
+        errors = result.errors(right)
+        assert all(error < 1e-10 for error in errors.values()), (case, errors)
+
+
 def run_with_one_lse(worker: Worker, case: Case) -> Result | None:
     """Only rank 0 uses its lse, so only its backward may need another kernel."""
     from ring_attention_standard.symmetric_memory import SymmetricMemory

@@ -133,6 +133,7 @@ def _times(tiles):
 DIAGONALS = {
     "packed": ((0, 300, 0, 300, 0), (300, 1, 300, 1, None), (301, 500, 301, 500, 0)),
     "short": ((0, 3, 0, 5, 2), (3, 60, 5, 70, 10), (70, 9, 80, 9, 0)),
+    "single rows": ((0, 1, 0, 1, None), (1, 1, 70, 1, None), (2, 1, 71, 80, None)),
     "gaps": ((100, 300, 64, 300, 0), (500, 130, 500, 700, 570), (1000, 70, 1300, 77, 7)),
     "rectangles": ((40, 300, 0, 300, None), (500, 130, 300, 700, None), (800, 500, 1300, 77, None)),
 }
@@ -145,8 +146,9 @@ def test_several_tiles_in_one_call(kernel, device, name):
     tiles = [
         Tile(Rows(q, nq), Rows(kv, nk), Band(None, hi)) for q, nq, kv, nk, hi in DIAGONALS[name]
     ]
-    _compare_tiles(kernel, device, tiles, 64, 64)
-    if kernel.name in ("flash", "flash4") and name != "packed":
+    for batch in (2, 4):  # fewer batch rows than pieces, and more
+        _compare_tiles(kernel, device, tiles, 64, 64, batch)
+    if kernel.name in ("flash", "flash4") and name in ("gaps", "rectangles"):
         assert len(kernel.lower(tiles)) == 1
 
 
@@ -156,15 +158,15 @@ def _compare(kernel, device, band, nq, nk, head_dim, value_dim):
         _compare_tiles(kernel, device, [tile], head_dim, value_dim)
 
 
-def _compare_tiles(kernel, device, tiles, head_dim, value_dim):
+def _compare_tiles(kernel, device, tiles, head_dim, value_dim, batch=2):
     if kernel.name == "flash4":
         pytest.importorskip("flash_attn.cute")
     exact = kernel.name in ("cpu_flash", "reference")
     dtype = torch.float64 if exact else torch.bfloat16
     torch.manual_seed(0)
     nq, nk = (max(rows.start + rows.count for rows in side) for side in _sides(tiles))
-    shapes = ((2, nq, 6, head_dim), (2, nk, 2, head_dim), (2, nk, 2, value_dim))
-    shapes += ((2, nq, 6, value_dim),)
+    shapes = ((batch, nq, 6, head_dim), (batch, nk, 2, head_dim), (batch, nk, 2, value_dim))
+    shapes += ((batch, nq, 6, value_dim),)
     seen = torch.zeros(nq, nk, dtype=torch.bool)
     for tile in tiles:
         inside = tile.mask.visible(range(tile.q.count), tile.kv.count)
@@ -183,8 +185,12 @@ def _compare_tiles(kernel, device, tiles, head_dim, value_dim):
         out, lse = kernel.forward(
             q[:, rows], k[:, keys], v[:, keys], piece.mask, scale=head_dim**-0.5, dropout=None
         )
-        whole = out.new_zeros(2, nq, 6, value_dim)
-        whole_lse = lse.new_full((2, 6, nq), -torch.inf)
+        if isinstance(piece.mask, Diagonal):
+            seen_here = piece.mask.visible(range(piece.q.count), piece.kv.count).any(1)
+            assert (out[:, ~seen_here] == 0).all()
+            assert torch.isneginf(lse[:, :, ~seen_here]).all()
+        whole = out.new_zeros(batch, nq, 6, value_dim)
+        whole_lse = lse.new_full((batch, 6, nq), -torch.inf)
         whole[:, rows], whole_lse[:, :, rows] = out, lse
         state.update(whole, whole_lse)
     out, lse = state.result()

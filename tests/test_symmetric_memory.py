@@ -85,10 +85,11 @@ def test_groups_of_other_ranks_before_and_after(gpu_pool: RankPool) -> None:
             assert max(gpu_pool.run(growing, ranks=sorted(ranks), fresh=True, timeout=60)) < 0.01
 
 
-def captured(worker: Worker) -> float:
+def captured(worker: Worker, causal: bool, documents: tuple[int, ...] | None) -> float:
     """Forward and backward in a CUDA graph, replayed with other numbers, against eager calls."""
-    attention = registry.create("standard", group=worker.group, **FIELDS)
-    plan = attention.plan(1024)
+    fields = {**FIELDS, "causal": causal}
+    attention = registry.create("standard", group=worker.group, **fields)
+    plan = attention.plan(1024 if documents is None else None, cu_seqlens=documents)
     inputs = [plan.shard(x).clone() for x in tensors(1024, 0)]
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -110,8 +111,13 @@ def captured(worker: Worker) -> float:
     return worst
 
 
-def test_a_cuda_graph_holds_forward_and_backward(gpu_pool: RankPool) -> None:
-    assert max(gpu_pool.run(captured, timeout=60)) < 0.01
+@pytest.mark.parametrize(
+    ("causal", "documents"), [(True, None), (False, None), (True, (0, 100, 101, 500, 1024))]
+)
+def test_a_cuda_graph_holds_forward_and_backward(
+    gpu_pool: RankPool, causal: bool, documents: tuple[int, ...] | None
+) -> None:
+    assert max(gpu_pool.run(captured, causal, documents, timeout=60)) < 0.01
 
 
 def test_ranks_that_cannot_reach_each_other_use_messages() -> None:

@@ -20,7 +20,8 @@ from ring_core.softmax import gradient_dtype
 class PointToPoint(RingCommunicationMixin):
     """Owners send the rows that the plan says their peers need; nobody forwards.
 
-    A rank holds the rows of one step while the next ones arrive, whatever the number of ranks.
+    A rank holds the rows of one step while the next ones arrive, whatever the number of ranks; and
+    its own beside them, where two ranks' queries wait for both.
     """
 
     name: ClassVar[str] = "p2p"

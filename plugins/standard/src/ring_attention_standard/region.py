@@ -133,9 +133,12 @@ class Region:
         """Have the caller's stream wait for ``mark``."""
         self._caller().wait_event(mark)
 
-    def catch_up(self) -> None:
+    def catch_up(self, device: torch.device) -> None:
         """Have the caller's stream wait for all that was given to the region's so far."""
-        self._caller().wait_stream(self.stream)
+        with torch.cuda.device(device.index):
+            caller = self._caller()
+            self.stream.wait_stream(caller)  # a graph that is being captured must know both
+            caller.wait_stream(self.stream)
 
     def used(self) -> None:
         """What arrived has been used on the caller's stream; the next call may come on another."""

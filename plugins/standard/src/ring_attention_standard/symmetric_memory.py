@@ -83,7 +83,7 @@ class SymmetricMemory(RingCommunicationMixin):
         way = self._way(memory, one, tensors, _bytes_of_keys, self._way_of_keys)
         # A copy within one GPU takes SMs: here, before kernels of this call fill them.
         if way.within:
-            region.catch_up()  # earlier calls may have come on another stream
+            region.catch_up(device)  # earlier calls may have come on another stream
             for put in way.within:
                 put.start(tensors)
         with region.turn(device):

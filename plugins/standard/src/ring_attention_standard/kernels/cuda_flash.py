@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ring_attention_standard.kernels.heads import common_size, ready
-from ring_attention_standard.kernels.varlen import Ends, ends_of, joined, row_by_row
+from ring_attention_standard.kernels.varlen import (
+    Ends,
+    backward_apart,
+    ends_of,
+    forward_apart,
+    joined,
+    row_by_row,
+)
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Diagonal, Mask
 from ring_core.plan import Tile
@@ -51,6 +58,8 @@ class CudaFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
+            return forward_apart(self, q, k, v, mask, scale)
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
         tensors = (ready(x, size) for x in (q, k, v))
         if not isinstance(mask, Diagonal):
@@ -77,6 +86,8 @@ class CudaFlash:
         dropout: Dropout | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
+            return backward_apart(self, dout, q, k, v, out, lse, mask, scale, deterministic)
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
         tensors = *(ready(x, size) for x in (dout, q, k, v, out)), lse.contiguous()
         with _deterministic(deterministic):
@@ -168,7 +179,8 @@ def _lengths(
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
     if ends is None:
         return None, None, q.shape[1], k.shape[1]
-    return ends.q, ends.kv, ends.longest_q, ends.longest_kv
+    # Where no sequence has more than one query, it would take as many rows as there are sequences.
+    return ends.q, ends.kv, max(2, ends.longest_q), ends.longest_kv
 
 
 def _sides(nq: int, nk: int, mask: Mask) -> tuple[int, int]:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
 from ring_attention_standard.kernels.heads import ready
-from ring_attention_standard.kernels.varlen import Ends, ends_of, joined, row_by_row
+from ring_attention_standard.kernels.varlen import (
+    Ends,
+    backward_apart,
+    ends_of,
+    forward_apart,
+    joined,
+    row_by_row,
+)
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Diagonal, Mask
 from ring_core.plan import Tile
@@ -91,6 +98,8 @@ class Rectangles(ABC):
     ) -> tuple[Tensor, Tensor]:
         if not self._knows(q.shape[1], k.shape[1], mask):
             return _flash.forward(q, k, v, mask, scale=scale, dropout=dropout)
+        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
+            return forward_apart(self, q, k, v, mask, scale)
         size, causal = self._size(q, v), _is_causal(mask)
         inputs = [ready(x, size) for x in (q, k, v)]
         if isinstance(mask, Diagonal):
@@ -127,6 +136,8 @@ class Rectangles(ABC):
                 dropout=dropout,
                 deterministic=deterministic,
             )
+        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
+            return backward_apart(self, dout, q, k, v, out, lse, mask, scale, deterministic)
         size, causal = self._size(q, v), _is_causal(mask)
         inputs = [*(ready(x, size) for x in (dout, q, k, v, out)), lse.contiguous()]
         if isinstance(mask, Diagonal):

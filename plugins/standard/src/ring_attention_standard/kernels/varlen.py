@@ -1,12 +1,13 @@
 """Several tiles in one call of a kernel that takes sequences of different lengths side by side.
 
 Starting a kernel takes the processor 0.1 ms and more. Packed documents are many small tiles, which
-the GPU would compute in less.
+the GPU would compute in less. Such a call takes one batch row; where there are more of those than
+tiles, the tiles are computed one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -14,8 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ring_core.errors import KernelError
 from ring_core.masks import Band, Diagonal
 from ring_core.plan import Rows, Tile
+from ring_core.protocols import AttentionKernel
 
 
 def joined(tiles: Iterable[Tile], kind: Callable[[int, int, Band], Hashable | None]) -> list[Tile]:
@@ -37,7 +40,7 @@ def joined(tiles: Iterable[Tile], kind: Callable[[int, int, Band], Hashable | No
     for members in alike.values():
         calls: list[list[Tile]] = []
         for tile in sorted(members, key=lambda tile: (tile.q.start, tile.kv.start)):
-            open_calls = (call for call in calls if _is_behind(call[-1], tile))
+            open_calls = (call for call in calls if _continues(call, tile))
             call = next(open_calls, None)
             if call is None:
                 calls.append([tile])
@@ -61,9 +64,28 @@ class Ends:
     some_see_nothing: bool
 
 
-@lru_cache(maxsize=256)
 def ends_of(mask: Diagonal, nq: int, nk: int, device: torch.device) -> Ends:
-    """The sequences of ``nq`` rows and ``nk`` keys under ``mask``."""
+    """The sequences of ``nq`` rows and ``nk`` keys under ``mask``.
+
+    Raises:
+        KernelError: a CUDA graph is being captured, and they are asked for for the first time.
+    """
+    ends = _ends(mask, nq, nk, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(ends)  # replays read them, whatever the cache forgets
+    return ends
+
+
+_captured: list[Ends] = []
+
+
+@lru_cache(maxsize=256)
+def _ends(mask: Diagonal, nq: int, nk: int, device: torch.device) -> Ends:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise KernelError(
+            "the ends of these documents must be copied to the GPU, which cannot be done while a "
+            "CUDA graph is captured: run one forward and backward with the same plan first"
+        )
     q_ends, kv_ends = [0], [0]
     for q, kv, _ in (*mask.pieces, (range(nq, nq), range(nk, nk), None)):
         if q.start > q_ends[-1] or kv.start > kv_ends[-1]:
@@ -73,9 +95,54 @@ def ends_of(mask: Diagonal, nq: int, nk: int, device: torch.device) -> Ends:
         if q:
             q_ends.append(q.stop)
             kv_ends.append(kv.stop)
-    on_gpu = (torch.tensor(x, dtype=torch.int32, device=device) for x in (q_ends, kv_ends))
+    there = (torch.tensor(x, dtype=torch.int32, device=device) for x in (q_ends, kv_ends))
     longest = (max(b - a for a, b in pairwise(x)) for x in (q_ends, kv_ends))
-    return Ends(*on_gpu, *longest, sum(len(q) for q, _, _ in mask.pieces) < nq)
+    return Ends(*there, *longest, sum(len(q) for q, _, _ in mask.pieces) < nq)
+
+
+def forward_apart(
+    kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, mask: Diagonal, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``kernel.forward`` under ``mask``, piece by piece."""
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
+    for rows, keys, band in mask.pieces:
+        x, y = _slice(rows), _slice(keys)
+        out[:, x], lse[:, :, x] = kernel.forward(
+            q[:, x], k[:, y], v[:, y], band, scale=scale, dropout=None
+        )
+    return out, lse
+
+
+def backward_apart(
+    kernel: AttentionKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Diagonal,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``kernel.backward`` under ``mask``, piece by piece."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for rows, keys, band in mask.pieces:
+        x, y = _slice(rows), _slice(keys)
+        dq[:, x], dk[:, y], dv[:, y] = kernel.backward(
+            dout[:, x],
+            q[:, x],
+            k[:, y],
+            v[:, y],
+            out[:, x],
+            lse[:, :, x],
+            band,
+            scale=scale,
+            dropout=None,
+            deterministic=deterministic,
+        )
+    return dq, dk, dv
 
 
 def row_by_row(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -86,8 +153,16 @@ def row_by_row(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tup
     return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
 
-def _is_behind(a: Tile, b: Tile) -> bool:
-    return a.q.start + a.q.count <= b.q.start and a.kv.start + a.kv.count <= b.kv.start
+def _continues(call: Sequence[Tile], tile: Tile) -> bool:
+    """Whether ``tile`` lies behind a call's tiles, and not so far that most rows would be empty."""
+    for first, last, rows, held in (
+        (call[0].q, call[-1].q, tile.q, sum(one.q.count for one in call)),
+        (call[0].kv, call[-1].kv, tile.kv, sum(one.kv.count for one in call)),
+    ):
+        span = rows.start + rows.count - first.start
+        if rows.start < last.start + last.count or span > 2 * (held + rows.count):
+            return False
+    return True
 
 
 def _one(call: list[Tile]) -> Tile:
@@ -107,3 +182,7 @@ def _one(call: list[Tile]) -> Tile:
 
 def _counted(rows: Rows, whole: Rows) -> range:
     return range(rows.start - whole.start, rows.start - whole.start + rows.count)
+
+
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop)
