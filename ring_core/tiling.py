@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ring_core.layout import Layout
-from ring_core.masks import Band, trim, trim_part
+from ring_core.masks import Band, trim
 from ring_core.plan import Rows, Tile
 
 
@@ -78,17 +78,6 @@ def merge_tiles(tiles: Iterable[Tile]) -> list[Tile]:
         while len(merged) > 1 and (union := _union(merged[-2], merged[-1])):
             merged[-2:] = [union]
     return merged
-
-
-def rows_apart(tile: Tile, row: int) -> list[Tile]:
-    """A band tile's query rows before ``row`` and from it on, each trimmed to what it sees."""
-    assert isinstance(tile.mask, Band)
-    keys = range(tile.kv.count)
-    parts = (trim_part(rows, keys, tile.mask) for rows in (range(row), range(row, tile.q.count)))
-    return [
-        replace(tile, q=tile.q.chosen(q), kv=tile.kv.chosen(kv), mask=band)
-        for q, kv, band in filter(None, parts)
-    ]
 
 
 def _union(a: Tile, b: Tile) -> Tile | None:

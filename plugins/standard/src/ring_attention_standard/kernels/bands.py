@@ -37,6 +37,17 @@ def cut(tile: Tile, direct: Callable[[int, int, Band], bool], block: int) -> lis
     ]
 
 
+def rows_apart(tile: Tile, row: int) -> list[Tile]:
+    """The tile's rows before ``row`` and from it on, each trimmed to the keys that it sees."""
+    assert isinstance(tile.mask, Band)
+    keys = range(tile.kv.count)
+    parts = (trim_part(rows, keys, tile.mask) for rows in (range(row), range(row, tile.q.count)))
+    return [
+        replace(tile, q=tile.q.chosen(q), kv=tile.kv.chosen(kv), mask=band)
+        for q, kv, band in filter(None, parts)
+    ]
+
+
 def _pieces(
     nq: int, nk: int, band: Band, direct: Callable[[int, int, Band], bool], block: int
 ) -> Iterator[Piece]:

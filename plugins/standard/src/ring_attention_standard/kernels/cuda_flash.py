@@ -8,20 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ring_attention_standard.kernels.heads import common_size, ready
-from ring_attention_standard.kernels.varlen import (
-    Ends,
-    backward_apart,
-    ends_of,
-    forward_apart,
-    joined,
-    row_by_row,
-)
+from ring_attention_standard.kernels import varlen
+from ring_attention_standard.kernels.bands import rows_apart
+from ring_attention_standard.kernels.heads import common_size
+from ring_attention_standard.kernels.varlen import Ends, joined
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Diagonal, Mask
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
-from ring_core.tiling import rows_apart
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
@@ -58,19 +52,11 @@ class CudaFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
-            return forward_apart(self, q, k, v, mask, scale)
+        sides = _sides_of(mask, q.shape[1], k.shape[1])
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
-        tensors = (ready(x, size) for x in (q, k, v))
-        if not isinstance(mask, Diagonal):
-            sides = _sides(q.shape[1], k.shape[1], mask)
-            out, lse = _attend(*tensors, sides, scale)
-            return out[..., : v.shape[-1]], lse
-        ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
-        out, lse = row_by_row(lambda *row: _attend(*row, _common(mask), scale, ends), *tensors)
-        if ends.some_see_nothing:
-            lse.masked_fill_(lse == torch.inf, -torch.inf)  # what it writes for them
-        return out[..., : v.shape[-1]], lse
+        return varlen.forward(
+            self, lambda *x: _attend(*x, sides=sides, scale=scale), q, k, v, mask, size, scale
+        )
 
     def backward(
         self,
@@ -86,20 +72,23 @@ class CudaFlash:
         dropout: Dropout | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
-            return backward_apart(self, dout, q, k, v, out, lse, mask, scale, deterministic)
+        sides = _sides_of(mask, q.shape[1], k.shape[1])
         size = common_size(q.shape[-1], v.shape[-1], multiple=8)
-        tensors = *(ready(x, size) for x in (dout, q, k, v, out)), lse.contiguous()
         with _deterministic(deterministic):
-            if isinstance(mask, Diagonal):
-                ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
-                sides = _common(mask)
-                found = row_by_row(lambda *row: _gradients(*row, sides, scale, ends), *tensors)
-            else:
-                sides = _sides(q.shape[1], k.shape[1], mask)
-                found = _gradients(*tensors, sides, scale)
-        dq, dk, dv = found
-        return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+            return varlen.backward(
+                self,
+                lambda *x: _gradients(*x, sides=sides, scale=scale),
+                dout,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                mask,
+                size,
+                scale,
+                deterministic,
+            )
 
 
 def _direct(tile: Tile) -> Iterator[Tile]:
@@ -120,15 +109,9 @@ def _direct(tile: Tile) -> Iterator[Tile]:
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sides: tuple[int, int],
-    scale: float,
-    ends: Ends | None = None,
+    q: Tensor, k: Tensor, v: Tensor, ends: Ends | None, *, sides: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """[B, rows, heads, D], or with ``ends`` [rows, heads, D] of sequences side by side."""
-    found = _forward(
+    out, lse, *_ = _forward(
         q,
         k,
         v,
@@ -140,7 +123,9 @@ def _attend(
         window_size_left=sides[0],
         window_size_right=sides[1],
     )
-    return found[0], found[1]
+    if ends is not None and ends.some_see_nothing:
+        lse.masked_fill_(lse == torch.inf, -torch.inf)  # what it writes for them
+    return out, lse
 
 
 def _gradients(
@@ -150,9 +135,10 @@ def _gradients(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    ends: Ends | None,
+    *,
     sides: tuple[int, int],
     scale: float,
-    ends: Ends | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of a dropout of 0
     dq, dk, dv = _backward(
@@ -193,10 +179,12 @@ def _sides(nq: int, nk: int, mask: Mask) -> tuple[int, int]:
     return (-1 if mask.lo is None else ends - mask.lo, -1 if mask.hi is None else mask.hi - ends)
 
 
-def _common(mask: Diagonal) -> tuple[int, int]:
-    """The window of all its pieces, which :func:`joined` put together by it."""
-    q, kv, band = mask.pieces[0]
-    return _sides(len(q), len(kv), band)
+def _sides_of(mask: Mask, nq: int, nk: int) -> tuple[int, int]:
+    """The window of a tile; of all its pieces, which :func:`joined` put together by it."""
+    if isinstance(mask, Diagonal):
+        q, kv, band = mask.pieces[0]
+        return _sides(len(q), len(kv), band)
+    return _sides(nq, nk, mask)
 
 
 @contextmanager

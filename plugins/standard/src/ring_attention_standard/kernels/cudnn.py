@@ -38,7 +38,7 @@ class Cudnn(Rectangles):
         return cut(tile, lambda nq, nk, band: band in (FULL, CAUSAL), block=1)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ends: Ends | None
+        self, q: Tensor, k: Tensor, v: Tensor, ends: Ends | None, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse, *_ = _forward(q, k, v, None, True, 0.0, causal, False, scale=scale)
@@ -52,10 +52,11 @@ class Cudnn(Rectangles):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
+        ends: Ends | None,
+        *,
         causal: bool,
         scale: float,
         deterministic: bool,
-        ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, keys = q.shape[1], k.shape[1]
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of a dropout of 0

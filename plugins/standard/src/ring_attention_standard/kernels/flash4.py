@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ring_attention_standard.kernels.bands import rows_apart
 from ring_attention_standard.kernels.rectangles import Rectangles
 from ring_attention_standard.kernels.varlen import Ends
 from ring_core.masks import Band
 from ring_core.plan import Tile
 from ring_core.protocols import Problem
-from ring_core.tiling import rows_apart
 
 
 class Flash4(Rectangles):
@@ -42,7 +42,7 @@ class Flash4(Rectangles):
         return rows_apart(tile, nk - band.hi)  # from there on rows see all keys
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ends: Ends | None
+        self, q: Tensor, k: Tensor, v: Tensor, ends: Ends | None, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _interface()._flash_attn_fwd(
             q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_lengths(ends)
@@ -57,10 +57,11 @@ class Flash4(Rectangles):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
+        ends: Ends | None,
+        *,
         causal: bool,
         scale: float,
         deterministic: bool,
-        ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _interface()._flash_attn_bwd(
             q,

@@ -9,16 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ring_attention_standard.kernels import varlen
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
-from ring_attention_standard.kernels.heads import ready
-from ring_attention_standard.kernels.varlen import (
-    Ends,
-    backward_apart,
-    ends_of,
-    forward_apart,
-    joined,
-    row_by_row,
-)
+from ring_attention_standard.kernels.varlen import Ends, joined
 from ring_core.dropout import Dropout
 from ring_core.masks import FULL, Band, Diagonal, Mask
 from ring_core.plan import Tile
@@ -57,7 +50,7 @@ class Rectangles(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ends: Ends | None
+        self, q: Tensor, k: Tensor, v: Tensor, ends: Ends | None, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         """The forward, for one head size: out and lse as :class:`AttentionKernel` has them.
 
@@ -73,10 +66,11 @@ class Rectangles(ABC):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
+        ends: Ends | None,
+        *,
         causal: bool,
         scale: float,
         deterministic: bool,
-        ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The backward, for one head size."""
 
@@ -98,16 +92,17 @@ class Rectangles(ABC):
     ) -> tuple[Tensor, Tensor]:
         if not self._knows(q.shape[1], k.shape[1], mask):
             return _flash.forward(q, k, v, mask, scale=scale, dropout=dropout)
-        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
-            return forward_apart(self, q, k, v, mask, scale)
-        size, causal = self._size(q, v), _is_causal(mask)
-        inputs = [ready(x, size) for x in (q, k, v)]
-        if isinstance(mask, Diagonal):
-            ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
-            out, lse = row_by_row(lambda *row: self.attend(*row, causal, scale, ends), *inputs)
-        else:
-            out, lse = self.attend(*inputs, causal, scale, None)
-        return out[..., : v.shape[-1]], lse
+        causal = _is_causal(mask)
+        return varlen.forward(
+            self,
+            lambda *x: self.attend(*x, causal=causal, scale=scale),
+            q,
+            k,
+            v,
+            mask,
+            self._size(q, v),
+            scale,
+        )
 
     def backward(
         self,
@@ -136,18 +131,21 @@ class Rectangles(ABC):
                 dropout=dropout,
                 deterministic=deterministic,
             )
-        if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
-            return backward_apart(self, dout, q, k, v, out, lse, mask, scale, deterministic)
-        size, causal = self._size(q, v), _is_causal(mask)
-        inputs = [*(ready(x, size) for x in (dout, q, k, v, out)), lse.contiguous()]
-        if isinstance(mask, Diagonal):
-            ends = ends_of(mask, q.shape[1], k.shape[1], q.device)
-            dq, dk, dv = row_by_row(
-                lambda *row: self.gradients(*row, causal, scale, deterministic, ends), *inputs
-            )
-        else:
-            dq, dk, dv = self.gradients(*inputs, causal, scale, deterministic, None)
-        return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+        causal = _is_causal(mask)
+        return varlen.backward(
+            self,
+            lambda *x: self.gradients(*x, causal=causal, scale=scale, deterministic=deterministic),
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            mask,
+            self._size(q, v),
+            scale,
+            deterministic,
+        )
 
     def _size(self, q: Tensor, v: Tensor) -> int:
         wanted = max(q.shape[-1], v.shape[-1])

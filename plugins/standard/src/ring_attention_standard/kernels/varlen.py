@@ -15,8 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ring_attention_standard.kernels.heads import ready
 from ring_core.errors import KernelError
-from ring_core.masks import Band, Diagonal
+from ring_core.masks import Band, Diagonal, Mask
 from ring_core.plan import Rows, Tile
 from ring_core.protocols import AttentionKernel
 
@@ -100,7 +101,60 @@ def _ends(mask: Diagonal, nq: int, nk: int, device: torch.device) -> Ends:
     return Ends(*there, *longest, sum(len(q) for q, _, _ in mask.pieces) < nq)
 
 
-def forward_apart(
+def forward(
+    kernel: AttentionKernel,
+    call: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The forward of ``kernel``, which does not come back here for tiles under a band.
+
+    Args:
+        call: ``call(q, k, v, ends)`` for heads of ``size``: tensors [B, rows, heads, D] and None,
+            or [rows, heads, D] of sequences side by side and their :class:`Ends`.
+    """
+    if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
+        return _forward_apart(kernel, q, k, v, mask, scale)
+    out, lse = _call(call, mask, q.shape[1], k.shape[1], *(ready(x, size) for x in (q, k, v)))
+    return out[..., : v.shape[-1]], lse
+
+
+def backward(
+    kernel: AttentionKernel,
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    size: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of ``kernel``; ``call(dout, q, k, v, out, lse, ends)`` as in :func:`forward`."""
+    if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
+        return _backward_apart(kernel, dout, q, k, v, out, lse, mask, scale, deterministic)
+    inputs = (ready(x, size) for x in (dout, q, k, v, out))
+    dq, dk, dv = _call(call, mask, q.shape[1], k.shape[1], *inputs, lse.contiguous())
+    return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _call(
+    call: Callable[..., tuple[Tensor, ...]], mask: Mask, nq: int, nk: int, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    if not isinstance(mask, Diagonal):
+        return call(*tensors, None)
+    ends = ends_of(mask, nq, nk, tensors[0].device)
+    return _row_by_row(lambda *row: call(*row, ends), *tensors)
+
+
+def _forward_apart(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, mask: Diagonal, scale: float
 ) -> tuple[Tensor, Tensor]:
     """``kernel.forward`` under ``mask``, piece by piece."""
@@ -114,7 +168,7 @@ def forward_apart(
     return out, lse
 
 
-def backward_apart(
+def _backward_apart(
     kernel: AttentionKernel,
     dout: Tensor,
     q: Tensor,
@@ -145,7 +199,7 @@ def backward_apart(
     return dq, dk, dv
 
 
-def row_by_row(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+def _row_by_row(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """``call`` on each batch row of tensors [B, ...], its results put together again."""
     rows = [call(*(x[b] for x in tensors)) for b in range(tensors[0].shape[0])]
     if len(rows) == 1:
