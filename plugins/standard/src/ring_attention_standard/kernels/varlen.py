@@ -111,7 +111,7 @@ def forward(
     size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The forward of ``kernel``, which does not come back here for tiles under a band.
+    """What ``kernel.forward`` gives for a tile, under a band or under a :class:`Diagonal`.
 
     Args:
         call: ``call(q, k, v, ends)`` for heads of ``size``: tensors [B, rows, heads, D] and None,
@@ -137,7 +137,7 @@ def backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of ``kernel``; ``call(dout, q, k, v, out, lse, ends)`` as in :func:`forward`."""
+    """What ``kernel.backward`` gives; ``call(dout, q, k, v, out, lse, ends)`` as above."""
     if isinstance(mask, Diagonal) and q.shape[0] > len(mask.pieces):
         return _backward_apart(kernel, dout, q, k, v, out, lse, mask, scale, deterministic)
     inputs = (ready(x, size) for x in (dout, q, k, v, out))
