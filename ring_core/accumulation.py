@@ -37,10 +37,7 @@ class Place:
     @property
     def run(self) -> range | None:
         """The place as neighbouring rows of all heads and batch rows, if it is that."""
-        rows = self.rows
-        if rows.is_run and self.heads == ALL_HEADS and self.batch is None:
-            return range(rows.start, rows.start + rows.count)
-        return None
+        return self.rows.span if self.heads == ALL_HEADS and self.batch is None else None
 
 
 class Sum:
@@ -71,6 +68,8 @@ class Sum:
         unless it is only ``borrowed``.
         """
         run = place.run
+        if run is not None:
+            x = x.reshape(self._shape[0], len(run), *x.shape[2:])
         if run is not None and is_fused(x.device):
             self._waiting.append((run, x, borrowed))
             if _too_many(tuple(one for one, _, _ in self._waiting), self._shape[1]):
@@ -78,12 +77,13 @@ class Sum:
         elif not borrowed and self._state is None and _is_whole(run, x, self._shape, self._wide):
             self._state = x
         else:
+            self.settle()  # or what waits and the state would both be held
             if self._state is None:
                 self._state = torch.zeros(self._shape, dtype=self._wide, device=self._device)
             window = select(
                 grouped(self._state, self._kv_heads), place.rows, place.heads, place.batch
             )
-            window.add_(x.reshape(window.shape).to(self._wide))
+            window.add_(x.reshape(window.shape))
 
     def settle(self) -> None:
         """Put together what waits: nothing that was added is read any more."""
@@ -92,13 +92,17 @@ class Sum:
             self._waiting.clear()
 
     def result(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The sum of everything added, in ``dtype`` or that of the whole; 0 where nothing was."""
+        """The sum of everything added, in ``dtype`` or that of the whole; 0 where nothing was.
+
+        Once: it takes the sum's memory.
+        """
         dtype = dtype or self._dtype
         if self._waiting:
             return self._write(self._first(dtype))
         if self._state is None:
             return self._new(dtype).zero_()
-        return self._state.to(dtype)
+        state, self._state = self._state, None
+        return state.to(dtype)
 
     def rows(self, rows: range, dtype: torch.dtype) -> Tensor:
         """Rows of the result in ``dtype``: of the one tensor that gives them, where it is one."""
@@ -119,8 +123,7 @@ class Sum:
     def _first(self, dtype: torch.dtype) -> Tensor:
         """Where the result is written: over the first tile's, where that has the whole shape."""
         run, x, borrowed = self._waiting[0]
-        in_place = not borrowed and self._state is None
-        return x if in_place and _is_whole(run, x, self._shape, dtype) else self._new(dtype)
+        return x if not borrowed and _is_whole(run, x, self._shape, dtype) else self._new(dtype)
 
     def _new(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self._shape, dtype=dtype, device=self._device)
@@ -162,21 +165,27 @@ class Merge:
         """
         run = place.run
         if run is not None and is_fused(out.device):
-            self._waiting.append((run, out, lse))
+            batch = self._shape[0]
+            lse = torch.unflatten(lse, 0, (batch, -1)).transpose(1, 2).flatten(2)
+            self._waiting.append((run, out.reshape(batch, len(run), *out.shape[2:]), lse))
             if _too_many(tuple(one for one, _, _ in self._waiting), self._shape[1]):
                 self._put_together()
             return
+        if self._waiting:  # or what waits and the state would both be held
+            self._put_together()
         if self._state is None:
             self._state = self._empty()
         state_out, state_lse = (grouped(x, self._kv_heads) for x in _beside(*self._state))
         target = select(state_out, place.rows, place.heads, place.batch)
         target_lse = select(state_lse, place.rows, place.heads, place.batch)
-        merge_(
-            target,
-            target_lse,
-            out.reshape(target.shape),
-            lse.transpose(1, 2).reshape(target_lse.shape),
-        )
+        out, lse = (_like(x, target) for x in _beside(out, lse))
+        if is_fused(out.device):
+            from ring_core.fused import merge_into
+
+            pair = [target, out], [target_lse.squeeze(-1), lse.squeeze(-1)]
+            merge_into(target, target_lse.squeeze(-1), *pair)
+        else:
+            merge_(target, target_lse, out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Out in q's dtype and lse in the accumulation dtype; 0 and -inf where no key was seen."""
@@ -189,12 +198,7 @@ class Merge:
         """Where the result is written: over the first tile's, where that has the whole shape."""
         run, out, lse = self._waiting[0]
         dtype, wide = self._like.dtype, self._wide
-        if (
-            self._state is None
-            and _is_whole(run, out, self._shape, dtype)
-            and lse.dtype == wide
-            and lse.is_contiguous()
-        ):
+        if _is_whole(run, out, self._shape, dtype) and lse.dtype == wide and lse.is_contiguous():
             return out, lse
         return torch.empty(self._shape, dtype=dtype, device=self._like.device), self._lse()
 
@@ -222,12 +226,12 @@ class Merge:
             if self._state is None and len(found) == 1 and found[0][1] is out:
                 continue  # it stands there already
             outs = [_rows(x, run, rows) for run, x, _ in found]
-            lses = [_rows(x.transpose(1, 2), run, rows).transpose(1, 2) for run, _, x in found]
+            lses = [_rows(x.transpose(1, 2), run, rows) for run, _, x in found]
             if self._state is not None:
                 outs.append(self._state[0][:, rows])
-                lses.append(self._state[1][:, :, rows])
+                lses.append(self._state[1].transpose(1, 2)[:, rows])
             if outs:
-                merge_into(out[:, rows], lse[:, :, rows], outs, lses)
+                merge_into(out[:, rows], lse.transpose(1, 2)[:, rows], outs, lses)
             else:
                 out[:, rows], lse[:, :, rows] = 0, -torch.inf
         return out, lse
@@ -268,6 +272,12 @@ def _rows(x: Tensor, run: range, rows: slice) -> Tensor:
 def _is_whole(run: range | None, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether ``x`` can be the state itself."""
     return run == range(shape[1]) and x.shape == shape and x.dtype == dtype and x.is_contiguous()
+
+
+def _like(x: Tensor, window: Tensor) -> Tensor:
+    """A view [b*repeat, count, k*G, D] as [b, repeat, count, k/phases, phases, G, D], as ``window``
+    has them."""
+    return torch.unflatten(torch.unflatten(x, 2, window.shape[3:6]), 0, window.shape[:2])
 
 
 def _beside(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

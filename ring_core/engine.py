@@ -248,13 +248,20 @@ class _At:
         """The tile's query rows as a kernel takes them: [b*repeat, count, k*G, D]."""
         run = self.queries.run
         if run is not None:
-            return x[:, run.start : run.stop]
-        return _window(grouped(x, self._kv_heads), self.queries).flatten(0, 1).flatten(2, 3)
+            return _apart(x[:, run.start : run.stop], self.tile.q.repeat)
+        return _window(grouped(x, self._kv_heads), self.queries).flatten(0, 1).flatten(2, 4)
 
     def kv(self, x: Tensor) -> Tensor:
         """The tile's key rows as a kernel takes them: [b*repeat, count, k, D]."""
         run = self.keys.run
-        return _window(x, self.keys).flatten(0, 1) if run is None else x[:, run.start : run.stop]
+        if run is not None:
+            return _apart(x[:, run.start : run.stop], self.tile.kv.repeat)
+        return _window(x, self.keys).flatten(0, 1).flatten(2, 3)
+
+
+def _apart(x: Tensor, repeat: int) -> Tensor:
+    """[b, repeat*count, ...] as [b*repeat, count, ...]."""
+    return x if repeat == 1 else torch.unflatten(x, 1, (repeat, -1)).flatten(0, 1)
 
 
 def _window(x: Tensor, place: Place) -> Tensor:

@@ -15,22 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS = 16
-"""(Row, head) pairs of a program; with D = 128 that keeps 16-byte loads for 4 warps busy."""
+"""Rows of heads that a program takes; with D = 128 that keeps 16-byte loads for 4 warps busy."""
 
 
 def merge_into(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     """Write the merge of attention over disjoint sets of keys; see :mod:`ring_core.softmax`.
 
     Args:
-        out: [B, S, H, D], elements of a row side by side. lse: [B, H, S], natural log. May be one
-            of the sources.
+        out: [..., D] of up to six dimensions before the last, elements of a row side by side.
+            lse: [...], natural log. Both may be views, and one of the sources.
         outs, lses: the sources, shaped alike; where a source's lse is -inf its out is not read.
     """
     _launch(out, lse, outs, lses)
 
 
 def sum_into(out: Tensor, sources: Sequence[Tensor]) -> None:
-    """Write the sum of ``sources``, all [B, S, H, D] like ``out``, which may be one of them."""
+    """Write the sum of ``sources``, shaped like ``out`` [..., D], which may be one of them."""
     if len(sources) == 2 and all(x.dtype == out.dtype for x in sources):
         torch.add(*sources, out=out)  # in float32 inside, and sooner started
     else:
@@ -40,30 +40,35 @@ def sum_into(out: Tensor, sources: Sequence[Tensor]) -> None:
 def _launch(
     out: Tensor, lse: Tensor | None, outs: Sequence[Tensor], lses: Sequence[Tensor]
 ) -> None:
-    batch, rows, heads, dim = out.shape
+    sizes, dim = _indexed(out.shape[:-1], 1), out.shape[-1]
+    pairs = out.numel() // dim
     outs = [x if x.stride(-1) == 1 else x.contiguous() for x in outs]
-    programs = triton.cdiv(batch * rows * heads, _ROWS)
     wide = tl.float64 if outs[0].dtype == torch.float64 else tl.float32
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-        _combine[(programs,)](
+        _combine[(triton.cdiv(pairs, _ROWS),)](
             out,
-            out.stride()[:3],
+            _indexed(out.stride()[:-1], 0),
             lse,
-            () if lse is None else lse.stride(),
+            () if lse is None else _indexed(lse.stride(), 0),
             tuple(outs),
-            tuple(x.stride()[:3] for x in outs),
+            tuple(_indexed(x.stride()[:-1], 0) for x in outs),
             tuple(lses),
-            tuple(x.stride() for x in lses),
-            batch * rows * heads,
-            rows,
-            heads,
+            tuple(_indexed(x.stride(), 0) for x in lses),
+            pairs,
+            sizes,
             dim,
             wide,
             len(outs),
             lse is not None,
+            pairs > 2**31 - _ROWS,
             _ROWS,
             triton.next_power_of_2(dim),
         )
+
+
+def _indexed(sizes: Sequence[int], first: int) -> tuple[int, ...]:
+    """Sizes or strides of up to six dimensions as those of six; ``first`` where none is."""
+    return (first,) * (6 - len(sizes)) + tuple(sizes)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -77,26 +82,24 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     lses,
     lses_strides,
     pairs,
-    rows,
-    heads,
+    sizes,
     dim,
     WIDE: tl.constexpr,
     N: tl.constexpr,
     MERGE: tl.constexpr,
+    MANY: tl.constexpr,
     PAIRS: tl.constexpr,
     D: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    head = pair % heads
-    row = pair // heads % rows
-    b = pair // heads // rows
+    first = tl.program_id(0).to(tl.int64 if MANY else tl.int32) * PAIRS
+    pair = first + tl.arange(0, PAIRS)
     inside = pair < pairs
     column = tl.arange(0, D)
     box = inside[:, None] & (column < dim)[None, :]
     largest = tl.full([PAIRS], float("-inf"), WIDE)
     if MERGE:
         for i in tl.static_range(N):
-            at = b * lses_strides[i][0] + head * lses_strides[i][1] + row * lses_strides[i][2]
+            at = _place(pair, sizes, lses_strides[i])
             largest = tl.maximum(
                 largest, tl.load(lses[i] + at, inside, other=float("-inf")).to(WIDE)
             )
@@ -105,11 +108,9 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     total = tl.zeros([PAIRS], WIDE)
     summed = tl.zeros([PAIRS, D], WIDE)
     for i in tl.static_range(N):
-        strides = outs_strides[i]
-        at = (b * strides[0] + row * strides[1] + head * strides[2])[:, None]
-        at += column[None, :]
+        at = _place(pair, sizes, outs_strides[i])[:, None] + column[None, :]
         if MERGE:
-            where = b * lses_strides[i][0] + head * lses_strides[i][1] + row * lses_strides[i][2]
+            where = _place(pair, sizes, lses_strides[i])
             weight = tl.exp(tl.load(lses[i] + where, inside, other=float("-inf")).to(WIDE) - pivot)
             read = box & (weight > 0)[:, None]
             summed += tl.load(outs[i] + at, read, other=0.0).to(WIDE) * weight[:, None]
@@ -120,10 +121,20 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
         seen = total > 0
         summed = summed / tl.where(seen, total, 1.0)[:, None]
         merged = tl.where(seen, pivot + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
-        at = b * lse_strides[0] + head * lse_strides[1] + row * lse_strides[2]
+        at = _place(pair, sizes, lse_strides)
         # lse may be a source too, and other warps load it for themselves.
         tl.debug_barrier()
         tl.store(lse + at, merged, inside)
-    at = (b * out_strides[0] + row * out_strides[1] + head * out_strides[2])[:, None]
-    at += column[None, :]
+    at = _place(pair, sizes, out_strides)[:, None] + column[None, :]
     tl.store(out + at, summed.to(out.dtype.element_ty), box)
+
+
+@triton.jit
+def _place(pair, sizes, strides):  # type: ignore[no-untyped-def]
+    """Where elements lie that are counted over six dimensions, the last one fastest."""
+    at = (pair % sizes[5]).to(tl.int64) * strides[5]
+    rest = pair // sizes[5]
+    for i in tl.static_range(4, -1, -1):
+        at += (rest % sizes[i]).to(tl.int64) * strides[i]
+        rest = rest // sizes[i]
+    return at

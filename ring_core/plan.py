@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from ring_core.layout import Layout
 from ring_core.masks import Mask
@@ -21,7 +22,8 @@ class Rows:
     """Rows ``start + n*stride + x*step`` of a shard, for x < count and each of n < repeat.
 
     ``repeat`` > 1 makes one batched tile of many uniform ones: repetition n of the queries meets
-    repetition n of the keys, under one mask.
+    repetition n of the keys, under one mask. These are the rows of the first phase of
+    :class:`Heads`; each further phase's lie ``slant`` rows behind.
     """
 
     start: int
@@ -29,21 +31,47 @@ class Rows:
     step: int = 1
     repeat: int = 1
     stride: int = 0
+    slant: int = 0
 
     def __len__(self) -> int:
         return self.count * self.repeat
 
     @property
     def is_run(self) -> bool:
-        """Whether these are neighbouring rows: a unit step, and no repetition."""
-        return self.repeat == 1 and (self.step == 1 or self.count == 1)
+        """Whether these are neighbouring rows of all heads: a unit step, and no repetition."""
+        return self.repeat == 1 and (self.step == 1 or self.count == 1) and not self.slant
+
+    @property
+    def lattice(self) -> tuple[int, int, int]:
+        """Step, remainder of it, slant: rows of one lattice can be counted together."""
+        return self.step, self.start % self.step, self.slant
+
+    @property
+    def span(self) -> range | None:
+        """All rows as one range, if they are neighbours in the order that they are counted in."""
+        together = self.repeat == 1 or self.stride == self.count
+        if together and (self.step == 1 or self.count == 1) and not self.slant:
+            return range(self.start, self.start + len(self))
+        return None
 
     def chosen(self, which: range) -> Rows:
         """Some neighbouring ones of the ``count`` rows, in every repetition."""
         return replace(self, start=self.start + which.start * self.step, count=len(which))
 
+    def of_phases(self, phases: range) -> Rows:
+        """The rows of some neighbouring phases."""
+        slant = self.slant if len(phases) > 1 else 0
+        return replace(self, start=self.start + phases.start * self.slant, slant=slant)
+
+    def repetitions(self, which: range) -> Rows:
+        """Some neighbouring ones of the repetitions."""
+        start = self.start + which.start * self.stride
+        return replace(
+            self, start=start, repeat=len(which), stride=self.stride if len(which) > 1 else 0
+        )
+
     def indices(self) -> list[int]:
-        """The row indices, repetition by repetition."""
+        """The row indices of the first phase, repetition by repetition."""
         return [
             self.start + n * self.stride + x * self.step
             for n in range(self.repeat)
@@ -53,18 +81,29 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Heads:
-    """KV heads ``start, start+step, ...`` and the query heads that they serve.
+    """KV heads ``start + g*step + p`` for all g and each phase p < phases, and the query heads that
+    they serve.
 
-    Dilated attention gives KV head h the phase ``h mod r``: that is one tile per phase, with
-    ``Heads(phase, r)`` and rows that start at the phase.
+    Dilated attention gives KV head h the phase ``h mod r``: ``Heads(phase, r)`` are the heads of
+    one phase, whose rows start at it; ``Heads(0, r, r)`` are all heads, with slanted rows.
     """
 
     start: int = 0
     step: int = 1
+    phases: int = 1
 
     def count(self, kv_heads: int) -> int:
-        """How many of ``kv_heads`` these are."""
-        return len(range(self.start, kv_heads, self.step))
+        """How many of ``kv_heads`` these are; in plans :class:`ForHeads` a multiple of phases."""
+        return sum(len(range(self.start + p, kv_heads, self.step)) for p in range(self.phases))
+
+    @property
+    def share(self) -> Fraction:
+        """Of all KV heads, where those are a multiple of the step."""
+        return Fraction(self.phases, self.step)
+
+    def only(self, phases: range) -> Heads:
+        """Some neighbouring ones of the phases."""
+        return replace(self, start=self.start + phases.start, phases=len(phases))
 
 
 ALL_HEADS = Heads()
@@ -91,6 +130,11 @@ class Tile:
         """Visible (query, key) pairs, for one head and one batch row."""
         return self.q.repeat * self.mask.count(self.q.count, self.kv.count)
 
+    def only(self, phases: range) -> Tile:
+        """The tile for some neighbouring ones of its heads' phases."""
+        q, kv = (rows.of_phases(phases) for rows in (self.q, self.kv))
+        return replace(self, q=q, kv=kv, heads=self.heads.only(phases))
+
 
 @dataclass(frozen=True)
 class Plan(ABC):
@@ -108,8 +152,8 @@ class Plan(ABC):
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         """Tiles of ``rank``'s queries with ``owner``'s keys; ``kv`` counts in the owner's shard.
 
-        Every visible pair stands in exactly one tile of exactly one (rank, owner); tiles that see
-        nothing are left out.
+        Every visible pair stands in exactly one tile of exactly one (rank, owner), or in as many
+        tiles as it counts in the softmax; tiles that see nothing are left out.
         """
 
     @property
@@ -123,15 +167,58 @@ class Plan(ABC):
             type(t.mask) for r in ranks for owner in ranks for t in self.tiles(r, owner)
         )
 
-    def work(self, rank: int, batch: int = 1) -> int:
-        """Visible pairs that ``rank`` computes, summed over ``batch`` batch rows, per head."""
+    def work(self, rank: int, batch: int = 1) -> Fraction:
+        """Visible pairs that ``rank`` computes, summed over ``batch`` batch rows, per head: the
+        mean over KV heads, as many as there are phases."""
         return sum(
-            tile.pairs * (batch if tile.batch is None else len(tile.batch))
-            for owner in range(self.world)
-            for tile in self.tiles(rank, owner)
+            (
+                tile.pairs * (batch if tile.batch is None else len(tile.batch)) * tile.heads.share
+                for owner in range(self.world)
+                for tile in self.tiles(rank, owner)
+            ),
+            start=Fraction(),
         )
 
     def imbalance(self, batch: int = 1) -> float:
         """Work of the busiest rank over the mean; 1.0 is perfect balance."""
         work = [self.work(rank, batch) for rank in range(self.world)]
-        return max(work) * self.world / sum(work) if sum(work) else 1.0
+        return float(max(work) * self.world / sum(work)) if sum(work) else 1.0
+
+
+@dataclass(frozen=True)
+class ForHeads(Plan):
+    """A plan for tensors of ``kv_heads`` KV heads.
+
+    Tiles are left out of heads that the tensors do not have, and each of a tile's phases has
+    equally many. ``apart``: each tile has one phase.
+    """
+
+    whole: Plan
+    kv_heads: int
+    apart: bool = False
+
+    @staticmethod
+    def of(plan: Plan, kv_heads: int, apart: bool = False) -> ForHeads:
+        """``plan`` for so many KV heads."""
+        return ForHeads(plan.queries, plan.keys, plan, kv_heads, apart)
+
+    @property
+    def masks(self) -> frozenset[type[Mask]]:
+        return self.whole.masks
+
+    def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
+        return [
+            part
+            for tile in self.whole.tiles(rank, owner)
+            for part in self._parts(tile)
+            if part.heads.count(self.kv_heads)
+        ]
+
+    def _parts(self, tile: Tile) -> Sequence[Tile]:
+        phases = tile.heads.phases
+        if self.apart:
+            return [tile.only(range(p, p + 1)) for p in range(phases)]
+        more = max(0, self.kv_heads - tile.heads.start) % tile.heads.step
+        if 0 < more < phases:  # the last heads do not go through all phases
+            return [tile.only(range(more)), tile.only(range(more, phases))]
+        return [tile]

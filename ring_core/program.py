@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ring_core.masks import Diagonal
-from ring_core.plan import Plan, Tile
+from ring_core.plan import ForHeads, Plan, Tile
 from ring_core.protocols import AttentionKernel
 from ring_core.rounds import Part, Round, rounds
+
+_REPETITIONS = 32768
+"""Of a tile, times batch rows, in one kernel call; CUDA's grids end at 65535."""
+_ROWS = 1 << 21
+"""Of all repetitions, times batch rows, in one kernel call: it holds copies of strided rows."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,27 @@ class Program:
         kernel: AttentionKernel,
         shards: float = 1,
         usual: AttentionKernel | None = None,
+        *,
+        kv_heads: int = 1,
+        batch: int = 1,
+        apart: bool = False,
     ) -> Program:
         """Lower every tile of the rank's rounds.
 
         Args:
+            kv_heads, batch: of the keys.
+            apart: whether tiles have heads of one phase each; see :class:`ForHeads`.
             shards: how many shards' worth of fetched keys may be held; see :func:`rounds`.
             usual: the kernel by which all ranks know in which dtype gradients travel, where this
                 rank computes with another one for reasons of its own.
         """
         usual = usual or kernel
+        plan = ForHeads.of(plan, kv_heads, apart)
         rounded = _rounded(plan, usual, shards) if usual.rounds else {}
         lowered = (
             replace(
                 one,
-                tiles=tuple(kernel.lower(one.tiles)),
+                tiles=tuple(kernel.lower(_parted(one.tiles, batch))),
                 steps=tuple(
                     replace(step, rounded=rounded.get(step.offset, False)) for step in one.steps
                 ),
@@ -48,6 +60,22 @@ class Program:
             for one in rounds(plan, rank, shards, usual.rounds)
         )
         return Program(plan, rank, kernel, tuple(lowered))
+
+
+def _parted(tiles: Sequence[Tile], batch: int) -> list[Tile]:
+    """Tiles of very many repetitions in parts."""
+    parts = []
+    for tile in tiles:
+        rows = max(tile.q.count, tile.kv.count)
+        most = max(1, min(_REPETITIONS // batch, _ROWS // (batch * rows)))
+        if tile.q.repeat <= most:
+            parts.append(tile)
+            continue
+        for first in range(0, tile.q.repeat, most):
+            which = range(first, min(first + most, tile.q.repeat))
+            q, kv = (x.repetitions(which) for x in (tile.q, tile.kv))
+            parts.append(replace(tile, q=q, kv=kv))
+    return parts
 
 
 def _rounded(plan: Plan, kernel: AttentionKernel, shards: float) -> dict[int, bool]:

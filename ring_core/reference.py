@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +45,36 @@ def visible(
     return seen
 
 
+def dilated(
+    length: int,
+    kv_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    cu_seqlens: Sequence[int] | None = None,
+) -> Tensor:
+    """How many branches of dilated attention let each query see each key, whatever the mask says.
+
+    LongNet (arXiv 2307.02486), section 2.2: branch (w, r) cuts each document into segments of w
+    tokens, the last of which may be short; KV head h keeps the tokens whose index in the segment is
+    ``h mod r`` modulo r; kept queries see kept keys of the same segment. In the softmax a key
+    counts once for each branch: multiply a mask by this.
+
+    Returns:
+        int64 [kv_heads, length, length].
+    """
+    ends = list(cu_seqlens) if cu_seqlens is not None else [0, length]
+    times = torch.zeros(kv_heads, length, length, dtype=torch.int64)
+    for start, stop in pairwise(ends):
+        token = torch.arange(stop - start)
+        for w, r in zip(segment_lengths, dilation_rates, strict=True):
+            together = token[:, None] // w == token[None, :] // w
+            for h in range(kv_heads):
+                kept = token % w % r == h % r
+                times[h, start:stop, start:stop] += together & kept[:, None] & kept[None, :]
+    return times
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -58,7 +89,8 @@ def attention(
 
     Args:
         q: [B, Sq, H, D]. k: [B, Sk, K, D]. v: [B, Sk, K, Dv]; H a multiple of K.
-        seen: bool [Sq, Sk], or any shape that broadcasts to [B, H, Sq, Sk].
+        seen: bool [Sq, Sk], or any shape that broadcasts to [B, H, Sq, Sk]; or whole numbers, how
+            often each key counts in each query's softmax.
         dropout, seed: drop weights by the hash of :class:`~ring_core.dropout.Dropout`.
 
     Returns:
@@ -73,8 +105,9 @@ def attention(
     )
     seen = seen.to(q.device).expand(scores.shape)
     empty = ~seen.any(-1)
+    # A key that counts n times weighs n exp(score): log 0 is -inf, where it does not.
     # An empty row has no softmax: let it see all, so that autograd meets no 0/0, then blank it.
-    scores = scores.masked_fill(~seen & ~empty[..., None], -torch.inf)
+    scores = scores + seen.double().masked_fill(empty[..., None], 1).log()
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0)
     if dropout:

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from ring_core.masks import FULL, Band
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Tile
-from ring_core.tiling import merge_tiles
+from ring_core.tiling import hull, merge_tiles
 
 _WAITING = 4
 """One in so many queries waits for all keys, where all see all."""
@@ -185,7 +185,8 @@ def _sizes(
 
 def _rows(plan: Plan, rank: int, t: int) -> float:
     """Rows that ``rank`` fetches at offset t, as if of all heads."""
-    return sum(len(part.rows) / part.heads.step for part in _gathered(plan, rank, (t,)).parts[0])
+    parts = _gathered(plan, rank, (t,)).parts[0]
+    return float(sum(len(part.rows) * part.heads.share for part in parts))
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _gathered(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
             placed += [(read, _counted_from(read.tile.kv, rows, row)) for read in readers]
             row += len(rows)
         found = [replace(read.tile, kv=kv, block=len(blocks)) for read, kv in placed]
-        tiles += _merged(found) if len(offsets) > 1 else found
+        tiles += merge_tiles(found) if len(offsets) > 1 else found
         blocks.append(Block(heads, tuple(members), row))
     own = tuple(plan.tiles(rank, rank))
     return _Gathered(offsets, tuple(map(tuple, parts)), tuple(blocks), tuple(tiles), own)
@@ -288,32 +289,33 @@ def _all_see_all(found: _Gathered) -> bool:
 def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
     """The rows that ``reads`` need, each once, in an order in which tiles can be merged.
 
-    Rows that the same queries see stand together, by owner. Unit-step rows that overlap, or that
-    touch and stay neighbours in that order, are one piece; strided and repeated rows are pieces as
-    they are.
+    Rows that the same queries see stand together, by owner. Rows of one lattice (all unit-step
+    rows, say) that overlap, or that touch and stay neighbours in that order, are one piece;
+    repeated rows are pieces as they are.
     """
     pieces: list[tuple[int, Rows, list[_Read]]] = []
-    solid: dict[int, list[_Read]] = {}
-    packed: dict[tuple[int, Rows], list[_Read]] = {}
+    alike: dict[tuple[int, tuple[int, int, int]], list[_Read]] = {}
+    repeated: dict[tuple[int, Rows], list[_Read]] = {}
     for read in reads:
-        if read.tile.kv.is_run:
-            solid.setdefault(read.place, []).append(read)
+        if read.tile.kv.repeat == 1:
+            alike.setdefault((read.place, read.tile.kv.lattice), []).append(read)
         else:
-            packed.setdefault((read.place, read.tile.kv), []).append(read)
-    for place, members in solid.items():
+            repeated.setdefault((read.place, read.tile.kv), []).append(read)
+    for (place, _), members in alike.items():
+        first = len(pieces)
         for read in sorted(members, key=lambda read: read.tile.kv):
-            rows = Rows(read.tile.kv.start, read.tile.kv.count)
-            last = pieces[-1] if pieces and pieces[-1][0] == place else None
-            if last and rows.start < last[1].start + last[1].count:
-                pieces[-1] = (place, _span(last[1], rows), [*last[2], read])
+            rows = read.tile.kv
+            last = pieces[-1] if len(pieces) > first else None
+            if last and rows.start < _end(last[1]):
+                pieces[-1] = (place, hull(last[1], rows), [*last[2], read])
             else:
                 pieces.append((place, rows, [read]))
-    pieces += [(place, rows, members) for (place, rows), members in packed.items()]
+    pieces += [(place, rows, members) for (place, rows), members in repeated.items()]
     pieces.sort(key=lambda one: (min(r.tile.q.start for r in one[2]), one[2][0].source, one[1]))
     joined: list[tuple[int, Rows, list[_Read]]] = []
     for place, rows, members in pieces:
         if joined and joined[-1][0] == place and _touch(joined[-1][1], rows):
-            joined[-1] = (place, _span(joined[-1][1], rows), [*joined[-1][2], *members])
+            joined[-1] = (place, hull(joined[-1][1], rows), [*joined[-1][2], *members])
         else:
             joined.append((place, rows, members))
     return joined
@@ -321,18 +323,9 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
 
 def _counted_from(kv: Rows, piece: Rows, row: int) -> Rows:
     """A tile's rows, given in the owner's shard, counted in the block where ``piece`` is at row."""
-    if kv.is_run:
-        return Rows(row + kv.start - piece.start, kv.count)
+    if kv.repeat == 1:
+        return Rows(row + (kv.start - piece.start) // piece.step, kv.count)
     return Rows(row, kv.count, 1, kv.repeat, kv.count)
-
-
-def _merged(tiles: Sequence[Tile]) -> list[Tile]:
-    """Tiles of one block, neighbours joined where their union is a band."""
-    plain = [tile for tile in tiles if _is_plain_band(tile)]
-    done = [tile for tile in tiles if not _is_plain_band(tile)]
-    for batch in dict.fromkeys(tile.batch for tile in plain):
-        done += merge_tiles([tile for tile in plain if tile.batch == batch])
-    return done
 
 
 def _is_plain_band(tile: Tile) -> bool:
@@ -341,9 +334,9 @@ def _is_plain_band(tile: Tile) -> bool:
 
 
 def _touch(a: Rows, b: Rows) -> bool:
-    return a.is_run and b.is_run and a.start + a.count == b.start
+    return a.repeat == b.repeat == 1 and a.lattice == b.lattice and _end(a) == b.start
 
 
-def _span(a: Rows, b: Rows) -> Rows:
-    stop = max(a.start + a.count, b.start + b.count)
-    return Rows(a.start, stop - a.start)
+def _end(rows: Rows) -> int:
+    """The row that would be next on their lattice."""
+    return rows.start + rows.count * rows.step

@@ -17,20 +17,25 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def select(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None = None) -> Tensor:
-    """View [b, repeat, count, k, ...] of what rows, heads and batch name of ``x`` [B, S, K, ...].
+    """View [b, repeat, count, k/phases, phases, ...] of what rows, heads and batch name of ``x``
+    [B, S, K, ...].
 
     It shares memory with ``x``, so it can be read and written.
     """
     if batch is not None:
         x = x[batch.start : batch.stop]
-    if heads != ALL_HEADS:
-        x = x[:, :, heads.start :: heads.step]
-    span = (rows.count - 1) * rows.step + 1
-    if rows.repeat == 1:
-        return x[:, rows.start : rows.start + span : rows.step].unsqueeze(1)
-    reach = rows.start + (rows.repeat - 1) * rows.stride + span
-    spans = x[:, rows.start : reach].unfold(1, span, rows.stride)  # [b, repeat, k, ..., span]
-    return spans.movedim(-1, 2)[:, :, :: rows.step]
+    groups = heads.count(x.shape[2]) // heads.phases
+    to_row, to_head = x.stride(1), x.stride(2)
+    start = x.storage_offset() + rows.start * to_row + heads.start * to_head
+    sizes = x.shape[0], rows.repeat, rows.count, groups, heads.phases
+    strides = (
+        x.stride(0),
+        rows.stride * to_row,
+        rows.step * to_row,
+        heads.step * to_head,
+        to_head + rows.slant * to_row,
+    )
+    return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), start)
 
 
 def numel(rows: int, heads: Heads, x: Tensor) -> int:
@@ -84,5 +89,5 @@ def as_packed(parts: Sequence[Part], x: Tensor) -> Tensor | None:
     """The shard's own memory if ``parts`` already lie in it as :func:`pack` would lay them out."""
     if len(parts) != 1 or parts[0].rows.repeat > 1:
         return None
-    chosen = select(x, parts[0].rows, parts[0].heads).squeeze(1).transpose(0, 1)
+    chosen = select(x, parts[0].rows, parts[0].heads)[:, 0].transpose(0, 1)
     return chosen.view(-1) if chosen.is_contiguous() else None

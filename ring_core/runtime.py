@@ -99,9 +99,19 @@ class Runtime:
         kernel = self.kernel(self._problem(q, v.shape[-1] + columns, plan, dropout))
         communicator = self.communicator(plan, q.device)
         shards = communicator.shards if communicator else 1
+        batch, _, kv_heads, _ = v.shape
         return self._programs.get(
-            (plan, kernel.name, usual.name, shards),
-            lambda: Program.build(plan.plan, plan.rank, kernel, shards, usual),
+            (plan, kernel.name, usual.name, shards, kv_heads, batch, dropout),
+            lambda: Program.build(
+                plan.plan,
+                plan.rank,
+                kernel,
+                shards,
+                usual,
+                kv_heads=kv_heads,
+                batch=batch,
+                apart=dropout,  # weights are dropped by rows that all heads of a tile share
+            ),
         )
 
     def _problem(self, q: Tensor, value_dim: int, plan: RankPlan, dropout: bool) -> Problem:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
 from ring_core.layout import Layout
@@ -28,37 +28,77 @@ class Document:
         return self.kv.stop - self.q.stop
 
 
-def band_tiles(
-    queries: Layout, keys: Layout, documents: Sequence[Document], band: Band, rank: int, owner: int
-) -> list[Tile]:
-    """Tiles of ``rank``'s queries with ``owner``'s keys where ``band`` bounds j - i, aligned at the
-    ends of each document. Adjacent tiles that form one band together are one tile."""
-    tiles: list[Tile] = []
-    for batch, members in _by_batch(documents):
-        starts = [document.q.start for document in members]
-        found: list[Tile] = []
-        for q_local, q_run in _placed(queries.rows[rank]):
-            first = max(0, bisect_right(starts, q_run[0]) - 1)
-            for document in members[first:]:
-                if document.q.start > q_run[-1]:
-                    break
-                q_rows = _within(q_run, document.q)
-                if not q_rows:
-                    continue
-                for kv_local, kv_run in _placed(keys.rows[owner]):
-                    kv_rows = _within(kv_run, document.kv)
-                    found += _tile(
-                        q_local, q_run, q_rows, kv_local, kv_run, kv_rows, document, band
-                    )
-        tiles += [replace(tile, batch=batch) for tile in merge_tiles(found)]
-    return tiles
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring rows of a shard, from ``row`` on, and the tokens that they hold."""
+
+    row: int
+    tokens: range
+
+    def rows(self, tokens: range) -> Rows:
+        """The rows that hold ``tokens``: some of the run's, at equal steps."""
+        first = self.row + (tokens.start - self.tokens.start) // self.tokens.step
+        return Rows(first, len(tokens), tokens.step // self.tokens.step)
+
+
+def runs_of(layout: Layout, rank: int) -> list[Run]:
+    """What ``rank`` holds."""
+    runs, row = [], 0
+    for tokens in layout.rows[rank]:
+        runs.append(Run(row, tokens))
+        row += len(tokens)
+    return runs
+
+
+def common(a: range, b: range) -> range:
+    """The numbers in two ascending ranges: again a range."""
+    step, divisor = math.lcm(a.step, b.step), math.gcd(a.step, b.step)
+    apart, rest = divmod(b.start - a.start, divisor)
+    if rest or not a or not b:
+        return range(0)
+    # The first number of both lattices from a's start on, by the Chinese remainder theorem.
+    modulus = b.step // divisor
+    first = a.start + a.step * (apart * pow(a.step // divisor, -1, modulus) % modulus)
+    first += max(0, -((first - max(a.start, b.start)) // step)) * step
+    return range(first, max(first, min(a.stop, b.stop)), step)
+
+
+def band_tile(
+    q: Run, kv: Run, q_tokens: range, kv_tokens: range, band: Band, shift: int = 0
+) -> Tile | None:
+    """What queries of one run see of keys of another, or None if that is nothing.
+
+    Args:
+        q_tokens, kv_tokens: which tokens, in the runs or not. Those in the runs must come at one
+            step on both sides.
+        band: bounds ``j - i - shift``.
+
+    Raises:
+        ValueError: the steps differ.
+    """
+    q_held, kv_held = common(q.tokens, q_tokens), common(kv.tokens, kv_tokens)
+    if not q_held or not kv_held:
+        return None
+    step = q_held.step if len(q_held) > 1 else kv_held.step
+    if len(kv_held) > 1 and kv_held.step != step:
+        raise ValueError(f"queries {q_held} and keys {kv_held} must advance by the same step")
+    corner = kv_held.start - q_held.start - shift
+    # lo <= corner + step*(y - x) <= hi, solved for y - x in whole numbers
+    lo = None if band.lo is None else -((corner - band.lo) // step)
+    hi = None if band.hi is None else (band.hi - corner) // step
+    trimmed = trim(len(q_held), len(kv_held), Band(lo, hi))
+    if trimmed is None:
+        return None
+    q_rows, kv_rows, mask = trimmed
+    seeing, seen = q_held[q_rows.start : q_rows.stop], kv_held[kv_rows.start : kv_rows.stop]
+    return Tile(q.rows(seeing), kv.rows(seen), mask)
 
 
 def visible_pairs(rows: range, documents: Iterable[Document], band: Band, batch: int) -> int:
     """Visible pairs of a unit-step run of queries with all keys, over ``batch`` batch rows."""
     pairs = 0
     for document in documents:
-        inside = _within(rows, document.q)
+        inside = common(rows, document.q)
         if inside:
             corner = document.kv.start - inside.start - document.shift
             seen = _shifted(band, -corner).count(len(inside), len(document.kv))
@@ -69,93 +109,78 @@ def visible_pairs(rows: range, documents: Iterable[Document], band: Band, batch:
 def merge_tiles(tiles: Iterable[Tile]) -> list[Tile]:
     """Join neighbours whose union is a band again: fewer and larger kernel calls.
 
-    Two disjoint band tiles lie inside the smallest band over their common rectangle; they are that
-    band exactly if it has as many visible pairs as both together.
+    Two band tiles without a common pair lie inside the smallest band over their common rectangle;
+    they are that band exactly if it has as many visible pairs as both together. Strided rows are
+    neighbours on their lattice; repeated ones stay alone.
     """
-    merged: list[Tile] = []
-    for tile in sorted(tiles, key=lambda tile: (tile.q.start, tile.kv.start)):
-        merged.append(tile)
-        while len(merged) > 1 and (union := _union(merged[-2], merged[-1])):
-            merged[-2:] = [union]
-    return merged
+    done: list[Tile] = []
+    alike: dict[Hashable, list[Tile]] = {}
+    for tile in tiles:
+        if isinstance(tile.mask, Band) and tile.q.repeat == tile.kv.repeat == 1:
+            key = tile.block, tile.heads, tile.batch, tile.q.lattice, tile.kv.lattice
+            alike.setdefault(key, []).append(tile)
+        else:
+            done.append(tile)
+    for members in alike.values():
+        merged: list[Tile] = []
+        for tile in sorted(members, key=lambda tile: (tile.q.start, tile.kv.start)):
+            merged.append(tile)
+            while len(merged) > 1 and (union := _union(merged[-2], merged[-1])):
+                merged[-2:] = [union]
+        done += merged
+    return done
+
+
+def join_phases(tiles: Iterable[Tile]) -> list[Tile]:
+    """Join tiles of one phase of heads each, where the next phase's are the same a row later.
+
+    Phases come in ascending order.
+    """
+    done: list[Tile] = []
+    last: dict[Hashable, int] = {}
+    for tile in tiles:
+        heads = tile.heads
+        q, kv = (replace(rows, start=rows.start - heads.start) for rows in (tile.q, tile.kv))
+        key = q, kv, tile.mask, tile.batch, heads.step
+        at = last.get(key)
+        if at is not None and done[at].heads.start + done[at].heads.phases == heads.start:
+            before = done[at]
+            q, kv = (replace(rows, slant=1) for rows in (before.q, before.kv))
+            phases = before.heads.phases + 1
+            done[at] = replace(before, q=q, kv=kv, heads=replace(before.heads, phases=phases))
+        else:
+            last[key] = len(done)
+            done.append(tile)
+    return done
 
 
 def _union(a: Tile, b: Tile) -> Tile | None:
-    assert isinstance(a.mask, Band)
-    assert isinstance(b.mask, Band)
-    q0, q1 = _hull(a.q, b.q)
-    k0, k1 = _hull(a.kv, b.kv)
-    bounds = [
-        (tile.mask.bounds(tile.q.count, tile.kv.count), tile.kv.start - tile.q.start)
-        for tile in (a, b)
-        if isinstance(tile.mask, Band)
-    ]
-    lo = min(low + corner for (low, _), corner in bounds)
-    hi = max(high + corner for (_, high), corner in bounds)
-    trimmed = trim(q1 - q0, k1 - k0, Band(lo + q0 - k0, hi + q0 - k0))
-    if trimmed is None or len(trimmed[0]) != q1 - q0 or len(trimmed[1]) != k1 - k0:
+    q, kv = hull(a.q, b.q), hull(a.kv, b.kv)
+    if len(q) < len(a.q) + len(b.q) and len(kv) < len(a.kv) + len(b.kv):
+        return None  # they share pairs, each of which counts twice
+    bounds = []
+    for tile in (a, b):
+        assert isinstance(tile.mask, Band)
+        lo, hi = tile.mask.bounds(tile.q.count, tile.kv.count)
+        corner = (tile.kv.start - kv.start) // kv.step - (tile.q.start - q.start) // q.step
+        bounds.append((lo + corner, hi + corner))
+    band = Band(min(lo for lo, _ in bounds), max(hi for _, hi in bounds))
+    trimmed = trim(q.count, kv.count, band)
+    if trimmed is None or len(trimmed[0]) != q.count or len(trimmed[1]) != kv.count:
         return None
-    if trimmed[2].count(q1 - q0, k1 - k0) != a.pairs + b.pairs:
+    if trimmed[2].count(q.count, kv.count) != a.pairs + b.pairs:
         return None
-    return replace(a, q=Rows(q0, q1 - q0), kv=Rows(k0, k1 - k0), mask=trimmed[2])
+    return replace(a, q=q, kv=kv, mask=trimmed[2])
 
 
-def _hull(a: Rows, b: Rows) -> tuple[int, int]:
-    return min(a.start, b.start), max(a.start + a.count, b.start + b.count)
-
-
-def _tile(
-    q_local: int,
-    q_run: range,
-    q_rows: range,
-    kv_local: int,
-    kv_run: range,
-    kv_rows: range,
-    document: Document,
-    band: Band,
-) -> Iterator[Tile]:
-    if not kv_rows:
-        return
-    step = q_rows.step if len(q_rows) > 1 else kv_rows.step
-    if len(kv_rows) > 1 and kv_rows.step != step:
-        raise ValueError(f"queries {q_run} and keys {kv_run} must advance by the same step")
-    corner = kv_rows.start - q_rows.start - document.shift
-    # lo <= corner + step*(y - x) <= hi, solved for y - x in whole numbers
-    lo = None if band.lo is None else -((corner - band.lo) // step)
-    hi = None if band.hi is None else (band.hi - corner) // step
-    trimmed = trim(len(q_rows), len(kv_rows), Band(lo, hi))
-    if trimmed:
-        q, kv, mask = trimmed
-        q_first = q_local + (q_rows.start - q_run.start) // q_run.step
-        kv_first = kv_local + (kv_rows.start - kv_run.start) // kv_run.step
-        yield Tile(Rows(q_first + q.start, len(q)), Rows(kv_first + kv.start, len(kv)), mask)
-
-
-def _within(run: range, bounds: range) -> range:
-    """The part of an ascending ``run`` that lies in a unit-step range."""
-    first = max(0, -((run.start - bounds.start) // run.step))
-    last = max(first, -((run.start - bounds.stop) // run.step))
-    return run[first:last]
+def hull(a: Rows, b: Rows) -> Rows:
+    """The smallest rows on the lattice of both that hold both."""
+    last = max(x.start + (x.count - 1) * x.step for x in (a, b))
+    start = min(a.start, b.start)
+    return replace(a, start=start, count=(last - start) // a.step + 1)
 
 
 def _shifted(band: Band, by: int) -> Band:
     return Band(
         None if band.lo is None else band.lo + by, None if band.hi is None else band.hi + by
     )
-
-
-def _placed(runs: Sequence[range]) -> Iterator[tuple[int, range]]:
-    """Each run with the local index of its first row."""
-    local = 0
-    for run in runs:
-        yield local, run
-        local += len(run)
-
-
-def _by_batch(
-    documents: Sequence[Document],
-) -> Iterator[tuple[range | None, list[Document]]]:
-    groups: dict[range | None, list[Document]] = {}
-    for document in documents:
-        groups.setdefault(document.batch, []).append(document)
-    yield from groups.items()

@@ -17,6 +17,7 @@ from ring_core.errors import (
     RingTimeoutError,
 )
 from ring_core.testing import Case, RankPool, Worker
+from ring_core.testing.case import visible_of
 from ring_core.testing.tasks import build
 
 
@@ -123,17 +124,23 @@ def dropped(worker: Worker, case: Case) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"seq_len": 23}, {"cu_seqlens": (0, 9, 30)}, {"seq_len": 9, "kv_len": 20}]
+    ("sizes", "fields"),
+    [
+        ({"seq_len": 23}, {}),
+        ({"cu_seqlens": (0, 9, 30)}, {}),
+        ({"seq_len": 9, "kv_len": 20}, {}),
+        ({"seq_len": 23}, {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}),
+    ],
 )
-def test_dropout_is_the_references_at_every_world_size(cpu_pool: RankPool, sizes) -> None:
-    """Forward and backward use one mask, a function of global indices and the call's seed."""
-    case = Case(fields={"causal": True, "dropout": 0.3}, batch=2, value_dim=5, **sizes)
+def test_dropout_is_the_references_at_every_world_size(cpu_pool: RankPool, sizes, fields) -> None:
+    """Forward and backward use one mask, a function of global indices and the call's seed: a key
+    that counts in two branches is dropped in both."""
+    fields = {"causal": True, "dropout": 0.3, **fields}
+    case = Case(fields=fields, batch=2, value_dim=5, **sizes)
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
     q, k, v, dout, _ = case.tensors()
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    cu_seqlens = sizes.get("cu_seqlens")
-    seen = reference.visible(case.q_len, case.k_len, causal=True, cu_seqlens=cu_seqlens)
-    right = reference.attention(*leaves, seen, dropout=0.3, seed=seed)[0]
+    right = reference.attention(*leaves, visible_of(case), dropout=0.3, seed=seed)[0]
     expected = [right.detach(), *torch.autograd.grad(right, leaves, dout)]
     for world in (1, 2, 3, 8):
         for found, wanted in zip(

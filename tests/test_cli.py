@@ -68,7 +68,7 @@ def test_list_shows_what_is_installed_and_how_to_get_the_rest(
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert "ring-attention-standard" in shown
-    assert "exact dense attention" in shown
+    assert "exact attention, dense" in shown
     assert "absent: pip install ring-attention-absent" in shown
     assert "\x1b" not in shown
 

@@ -99,13 +99,6 @@ def test_a_bad_field_is_named(base_registry, fields, text, via):
     assert isinstance(caught.value, RingError)
 
 
-def test_dilation_is_refused_by_name_until_it_exists():
-    with pytest.raises(
-        ConfigError, match=r"segment_lengths[\s\S]*dilated attention is not in this version"
-    ):
-        registry.create("standard", segment_lengths=[8], dilation_rates=[2])
-
-
 def test_yaml_must_be_a_mapping():
     with pytest.raises(ConfigError, match="expected a mapping"):
         RingAttentionConfig.from_yaml("- 1\n- 2\n")

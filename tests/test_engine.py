@@ -15,7 +15,7 @@ import planners
 from ring_core import reference, registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, RankPool, Worker
-from ring_core.testing.case import Result, expected_of
+from ring_core.testing.case import Result, expected_of, visible_of
 from ring_core.testing.tasks import build
 
 PLANNERS = (
@@ -74,15 +74,15 @@ def many_plans(worker: Worker, count: int) -> list[float]:
             "layout": layout,
             "timeout": 30.0,
         }
+        if dilated := draw.random() < 0.3:
+            branches = range(draw.randint(1, 3))
+            fields["segment_lengths"] = [draw.randint(1, 90) for _ in branches]
+            fields["dilation_rates"] = [draw.randint(1, 5) for _ in branches]
         length = draw.randint(1, 120)
         cuts = sorted({0, length, *(draw.randint(0, length) for _ in range(draw.randint(0, 4)))})
-        sizes = draw.choice(
-            [
-                {"seq_len": length},
-                {"cu_seqlens": tuple(cuts)},
-                {"seq_len": length, "kv_len": draw.randint(1, 90)},
-            ]
-        )
+        cross = {"seq_len": length, "kv_len": draw.randint(1, 90)}
+        kinds = [{"seq_len": length}, {"cu_seqlens": tuple(cuts)}, cross]
+        sizes = draw.choice(kinds[:2] if dilated else kinds)
         case = Case(fields=fields, seed=draw.randint(0, 10**6), **sizes)
         attention, plan, (q, k, v, dout, dlse) = build(worker, case)
         leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -242,6 +242,8 @@ def test_rounds_of_several_steps_equal_the_reference(
         {"causal": True, "layout": "striped"},
         {"causal": True, "window": (9, None), "layout": "contiguous"},
         {"window": (3, 9)},
+        {"causal": True, "segment_lengths": [10, 40], "dilation_rates": [1, 3]},
+        {"segment_lengths": [30, 31], "dilation_rates": [2, 2], "layout": "striped"},
     ):
         for sizes in (
             {"seq_len": 16 * world + 3, "batch": 2, "value_dim": 12},
@@ -249,25 +251,23 @@ def test_rounds_of_several_steps_equal_the_reference(
             {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
             {"seq_len": 13, "kv_len": 40},
         ):
+            if "segment_lengths" in fields and "kv_len" in sizes:
+                continue
             case = Case(fields=fields, **sizes)
-            seen = reference.visible(
-                case.q_len,
-                case.k_len,
-                causal=fields.get("causal", False),
-                window=fields.get("window"),
-                cu_seqlens=case.cu_seqlens,
-            )
-            if case.lengths is not None:
-                seen = reference.within_lengths(seen, case.lengths)
             result = cpu_pool.run(run_in_rounds, case, shards, kernel, world=world)[0]
-            errors = result.errors(expected_of(case, seen))
+            errors = result.errors(expected_of(case, visible_of(case)))
             assert all(error < 1e-10 for error in errors.values()), (case, errors)
 
 
 CHANGING = [
     (fields, seq_len, batch)
     for seq_len, batch in ((19, 1), (64, 2), (5, 1), (40, 1), (19, 2), (64, 1))
-    for fields in ({}, {"causal": True, "layout": "zigzag"}, {"window": (3, 2)})
+    for fields in (
+        {},
+        {"causal": True, "layout": "zigzag"},
+        {"window": (3, 2)},
+        {"segment_lengths": [6, 50], "dilation_rates": [1, 3], "causal": True},
+    )
 ]
 
 
@@ -308,9 +308,7 @@ def test_a_communicator_serves_calls_that_change(cpu_pool: RankPool, kind: str, 
     found = cpu_pool.run(changing_calls, kind, world=world)[0]
     for (fields, seq_len, batch), result in zip(CHANGING, found, strict=True):
         case = Case(fields=fields, seq_len=seq_len, batch=batch)
-        masks = {name: fields[name] for name in ("causal", "window") if name in fields}
-        right = expected_of(case, reference.visible(seq_len, seq_len, **masks))
-        errors = result.errors(right)
+        errors = result.errors(expected_of(case, visible_of(case)))
         assert all(error < 1e-10 for error in errors.values()), (case, errors)
 
 

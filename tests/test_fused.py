@@ -43,7 +43,9 @@ def interpret() -> None:
             outs[0][:, :2] = torch.nan  # what a kernel leaves there is its own business
             out = torch.full((2, 8, 3, 20), 7.0, dtype=dtype)
             lse = torch.full((2, 3, 8), 7.0, dtype=wide)
-            merge_into(out[:, 1:6], lse[:, :, 1:6], outs, lses)
+            merge_into(
+                out[:, 1:6], lse.transpose(1, 2)[:, 1:6], outs, [x.transpose(1, 2) for x in lses]
+            )
             together = torch.stack(lses).double()
             right_lse = torch.logsumexp(together, 0)
             weights = torch.exp(together - right_lse.masked_fill(right_lse == -torch.inf, 0))
@@ -69,23 +71,36 @@ def accumulate() -> None:
     """Accumulators through the kernel give what they give through the accumulation dtype."""
     from ring_core import accumulation
     from ring_core.accumulation import Merge, Place, Sum
-    from ring_core.plan import Rows
+    from ring_core.plan import ALL_HEADS, Heads, Rows
 
     runs = [(0, 12), (6, 6), (0, 6), (3, 5), (0, 12), (11, 1), (2, 9)]
     torch.manual_seed(0)
     q = torch.randn(2, 12, 4, 8)
-    tiles = [(Rows(a, n), torch.randn(2, n, 4, 8), torch.randn(2, 4, n)) for a, n in runs]
-    for count in range(1, len(runs) + 1):
-        for first in range(2):  # the first may cover all rows, or leave some unseen
+    places = [Place(Rows(a, n)) for a, n in runs]
+    places += [
+        Place(Rows(1, 3, 3), Heads(1, 2)),  # strided rows of some heads
+        Place(Rows(0, 3, 1, 4, 3)),  # repeated, and all there are
+        Place(Rows(1, 2, 2, 3, 4), Heads(0, 2)),  # repeated and strided
+        Place(Rows(0, 2, 2, 3, 4, 1), Heads(0, 2, 2)),  # all heads, each row of two phases
+        Place(Rows(4, 5), ALL_HEADS, range(1, 2)),
+    ]
+    tiles = []
+    for place in places:
+        rows, batch = place.rows, 2 if place.batch is None else len(place.batch)
+        heads = 2 * place.heads.count(2)
+        out = torch.randn(batch * rows.repeat, rows.count, heads, 8)
+        tiles.append((place, out, torch.randn(batch * rows.repeat, heads, rows.count)))
+    for count in range(1, len(tiles) + 1):
+        for first in (0, 1, 7):  # the first may cover all rows, or leave some unseen
             chosen = tiles[first : first + count]
             found = {}
             for fused in (False, True):
                 accumulation.is_fused = lambda device, fused=fused: fused
                 merged, total, settled = Merge(q, 8, 2), Sum.of(q, 2), Sum.of(q, 2)
-                for rows, out, lse in chosen:
-                    merged.add(Place(rows), out.clone(), lse.clone())
-                    total.add(Place(rows), out.clone())
-                    settled.add(Place(rows), out.clone(), borrowed=True)
+                for place, out, lse in chosen:
+                    merged.add(place, out.clone(), lse.clone())
+                    total.add(place, out.clone())
+                    settled.add(place, out.clone(), borrowed=True)
                     settled.settle()
                 block = total.rows(range(3, 5), torch.float32).clone()
                 found[fused] = (*merged.result(), total.result(), settled.result(), block)
@@ -108,15 +123,17 @@ def compile_for_a_gpu() -> None:
         signature = dict.fromkeys(names, "i32")
         signature.update(
             out="*bf16",
-            out_strides=("i64",) * 3,
+            out_strides=("i64",) * 6,
             lse="*fp32",
-            lse_strides=("i64",) * 3,
+            lse_strides=("i64",) * 6,
             outs=("*bf16",) * n,
-            outs_strides=(("i64",) * 3,) * n,
+            outs_strides=(("i64",) * 6,) * n,
             lses=("*fp32",) * n,
-            lses_strides=(("i64",) * 3,) * n,
+            sizes=("i32",) * 6,
+            lses_strides=(("i64",) * 6,) * n,
         )
-        constants = {"WIDE": tl.float32, "N": n, "MERGE": merge, "PAIRS": 16, "D": 128}
+        constants = {"WIDE": tl.float32, "N": n, "MERGE": merge, "MANY": merge}
+        constants.update(PAIRS=16, D=128)
         signature.update(dict.fromkeys(constants, "constexpr"))
         source = ASTSource(
             fused._combine,

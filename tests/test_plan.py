@@ -11,11 +11,12 @@ from ring_attention_standard.kernels.cpu_flash import CpuFlash
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
 from ring_attention_standard.kernels.cudnn import Cudnn
 from ring_attention_standard.kernels.flash4 import Flash4
-from ring_attention_standard.planner import plan_dense
+from ring_attention_standard.planner import plan_branches
 
 from ring_core import reference
 from ring_core.layout import contiguous, striped, zigzag
 from ring_core.masks import Band, trim
+from ring_core.plan import ForHeads
 from ring_core.program import Program
 from ring_core.rounds import elements_sent, rounds
 from ring_core.sequences import Sequences
@@ -28,12 +29,28 @@ configs = st.builds(
     window=st.one_of(st.none(), st.tuples(sides, sides)),
     layout=st.sampled_from(LAYOUTS),
 )
+branches = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(1, 7)), min_size=1, max_size=3
+).filter(len)
+dilated = st.builds(
+    lambda causal, window, layout, branches: StandardConfig(
+        causal=causal,
+        window=window,
+        layout=layout,
+        segment_lengths=[w for w, _ in branches],
+        dilation_rates=[r for _, r in branches],
+    ),
+    st.booleans(),
+    st.one_of(st.none(), st.none(), st.tuples(sides, sides)),
+    st.sampled_from(LAYOUTS),
+    branches,
+)
 
 
 @st.composite
-def sequence_arguments(draw):
+def sequence_arguments(draw, kinds=("plain", "packed", "padded", "cross", "packed cross")):
     """Arguments of plan(): plain, packed, padded or cross, up to 150 tokens."""
-    kind = draw(st.sampled_from(["plain", "packed", "padded", "cross", "packed cross"]))
+    kind = draw(st.sampled_from(kinds))
     length = draw(st.integers(1, 150))
     if kind == "plain":
         return {"seq_len": length}
@@ -58,8 +75,8 @@ def _ends(lengths):
     return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
-def _definition(config, sequences, arguments):
-    """Visible pairs by the reference: bool [batch, q_len, kv_len]."""
+def _definition(config, sequences, arguments, kv_heads=1):
+    """How often pairs count, by the reference: int32 [batch, kv_heads, q_len, kv_len]."""
     seen = reference.visible(
         sequences.q_len,
         sequences.kv_len,
@@ -69,39 +86,89 @@ def _definition(config, sequences, arguments):
         kv_cu_seqlens=arguments.get("kv_cu_seqlens"),
     )
     lengths = arguments.get("lengths")
-    return seen[None] if lengths is None else reference.within_lengths(seen, lengths)[:, 0]
+    seen = seen[None, None] if lengths is None else reference.within_lengths(seen, lengths)
+    if config.segment_lengths is not None:
+        seen = seen * reference.dilated(
+            sequences.q_len,
+            kv_heads,
+            config.segment_lengths,
+            config.dilation_rates,
+            cu_seqlens=arguments.get("cu_seqlens"),
+        )
+    return seen.expand(-1, kv_heads, -1, -1).int()
 
 
-def _computed(plan, sequences):
-    """How often the plan's tiles compute each pair: int [batch, q_len, kv_len]."""
-    times = torch.zeros(sequences.batch, sequences.q_len, sequences.kv_len, dtype=torch.int32)
+def _nothing(sequences, kv_heads):
+    """Of no pair: int32 [batch, kv_heads, q_len, kv_len]."""
+    shape = sequences.batch, kv_heads, sequences.q_len, sequences.kv_len
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def _computed(plan, sequences, kv_heads=1):
+    """How often the plan's tiles compute each pair: int32 [batch, kv_heads, q_len, kv_len]."""
+    times = _nothing(sequences, kv_heads)
     for rank in range(plan.world):
         own = plan.queries.positions(rank)
         for owner in range(plan.world):
             theirs = plan.keys.positions(owner)
             for tile in plan.tiles(rank, owner):
-                i, j = own[tile.q.indices()], theirs[tile.kv.indices()]
-                assert (i >= 0).all()
-                assert (j >= 0).all()
                 seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
-                assert int(seen.sum()) == tile.pairs
+                assert int(seen.sum()) * tile.q.repeat == tile.pairs
                 assert seen.any(0).all(), "a key that nobody sees stands in the tile"
                 assert seen.any(1).all(), "a query that sees nothing stands in the tile"
-                for row in tile.batch or range(sequences.batch):
-                    times[row, i[:, None], j] += seen.int()
+                _count(times, own, tile, theirs)
     return times
+
+
+def _count(times, own, tile, keys):
+    """Add the pairs that a tile computes; ``own``, ``keys``: tokens of the rows it counts in."""
+    seen = tile.mask.visible(range(tile.q.count), tile.kv.count).int()
+    for phase in range(tile.heads.phases):
+        one = tile.only(range(phase, phase + 1))
+        queries = own[one.q.indices()].view(tile.q.repeat, tile.q.count)
+        there = keys if keys.ndim == 1 else keys[phase]  # of own rows, or of a block's
+        there = there[one.kv.indices()].view(tile.kv.repeat, tile.kv.count)
+        assert (queries >= 0).all()
+        assert (there >= 0).all()
+        for row in tile.batch or range(times.shape[0]):
+            for head in range(times.shape[1])[one.heads.start :: one.heads.step]:
+                for i, j in zip(queries, there, strict=True):
+                    times[row, head, i[:, None], j] += seen
 
 
 @given(configs, sequence_arguments(), st.integers(1, 64))
 def test_every_visible_pair_is_computed_exactly_once(config, arguments, world):
     sequences = Sequences.build(**arguments)
-    plan = plan_dense(config, sequences, world)
-    assert torch.equal(_computed(plan, sequences), _definition(config, sequences, arguments).int())
+    plan = plan_branches(config, sequences, world)
+    assert torch.equal(_computed(plan, sequences), _definition(config, sequences, arguments))
 
 
-@given(configs, sequence_arguments(), st.integers(1, 64))
-def test_every_send_has_its_receive_and_fits_in_one_shard(config, arguments, world):
-    plan = plan_dense(config, Sequences.build(**arguments), world)
+NOT_CROSS = ("plain", "packed", "padded")
+
+
+@given(dilated, sequence_arguments(NOT_CROSS), st.integers(1, 20), st.integers(1, 8))
+def test_every_kept_pair_is_computed_as_often_as_branches_keep_it(
+    config, arguments, world, kv_heads
+):
+    sequences = Sequences.build(**arguments)
+    plan = plan_branches(config, sequences, world)
+    expected = _definition(config, sequences, arguments, kv_heads)
+    assert torch.equal(_computed(plan, sequences, kv_heads), expected)
+
+
+@st.composite
+def planned(draw, most):
+    """A config with sequences that it can be planned for, and up to ``most`` ranks."""
+    if draw(st.booleans()):
+        return draw(configs), draw(sequence_arguments()), draw(st.integers(1, most))
+    sequences = draw(sequence_arguments(NOT_CROSS))
+    return draw(dilated), sequences, draw(st.integers(1, min(most, 12)))
+
+
+@given(planned(64))
+def test_every_send_has_its_receive_and_fits_in_one_shard(asked):
+    config, arguments, world = asked
+    plan = plan_branches(config, Sequences.build(**arguments), world)
     each = [{one.index: one for one in rounds(plan, rank, 1)} for rank in range(world)]
     for rank in range(world):
         for index, one in each[rank].items():
@@ -113,27 +180,27 @@ def test_every_send_has_its_receive_and_fits_in_one_shard(config, arguments, wor
                     assert each[step.source][index].steps[0].give == step.parts
                 if step.give:
                     assert each[step.requester][index].steps[0].parts == step.give
-                assert sum(len(part.rows) for part in step.parts) <= plan.keys.size
+                branches = len(config.segment_lengths or [1])
+                rows = sum(len(part.rows) * part.heads.share for part in step.parts)
+                assert rows <= branches * plan.keys.size
 
 
-@given(
-    configs, sequence_arguments(), st.integers(1, 9), st.sampled_from([1, 2, 3, 8]), st.booleans()
-)
-def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(
-    config, arguments, world, shards, waits
-):
+@given(planned(9), st.sampled_from([1, 2, 3, 8]), st.booleans())
+def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(asked, shards, waits):
     """Whatever shares a round: pairs by the global tokens that stand in its blocks."""
+    config, arguments, world = asked
     sequences = Sequences.build(**arguments)
-    plan = plan_dense(config, sequences, world)
-    times = torch.zeros(sequences.batch, sequences.q_len, sequences.kv_len, dtype=torch.int32)
+    plan = ForHeads.of(plan_branches(config, sequences, world), KV_HEADS)
+    times = _nothing(sequences, KV_HEADS)
     for rank in range(world):
         own = plan.queries.positions(rank)
         mine = rounds(plan, rank, shards, waits)
         held = []
         for one in mine:
             blocks = [plan.keys.positions(rank)] if one.index == 0 else _blocks(plan, one)
-            held.append(sum(map(len, blocks)) if one.index else 0)
-            _count(times, own, one, blocks)
+            held.append(_held(one))
+            for tile in one.tiles:
+                _count(times, own, tile, blocks[tile.block])
             for step in one.steps:
                 theirs = rounds(plan, step.requester, shards, waits)
                 asked = [s for o in theirs for s in o.steps if s.offset == step.offset]
@@ -141,48 +208,48 @@ def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(
         if shards > 1:
             first = rounds(plan, 0, shards, waits)
             assert [one.index for one in mine] == [one.index for one in first]
-            most = [a + b for a, b in zip(held, [*held[1:], 0], strict=True)]
-            assert max(most) <= (max(shards, 2) + 1) * plan.keys.size  # the rank's own may come too
-    assert torch.equal(times, _definition(config, sequences, arguments).int())
+            most = max(a + b for a, b in zip(held, [*held[1:], 0], strict=True))
+            branches = len(config.segment_lengths or [1])
+            # two rounds at a time, of one shard for each branch at least; the rank's own may come
+            assert most <= (max(shards, 2 * branches) + 1) * plan.keys.size
+    assert torch.equal(times, _definition(config, sequences, arguments, KV_HEADS))
 
 
-def _count(times, own, one, blocks):
-    """Add the pairs that a round's tiles compute to ``times`` [batch, q_len, kv_len]."""
-    for tile in one.tiles:
-        i, j = own[tile.q.indices()], blocks[tile.block][tile.kv.indices()]
-        seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
-        for row in tile.batch or range(len(times)):
-            times[row, i[:, None], j] += seen.int()
+KV_HEADS = 3
+"""Of plans that are made ready for a kernel."""
+
+
+def _held(one):
+    """Rows of all blocks of a round, as if of all heads."""
+    return sum(block.rows * block.heads.share for block in one.blocks)
 
 
 @given(
-    configs,
-    sequence_arguments(),
-    st.integers(1, 5),
+    planned(5),
     st.sampled_from([1, 3]),
     st.sampled_from([CpuFlash(), CudaFlash(), Cudnn(), Flash4()]),
 )
-def test_what_kernels_make_of_tiles_computes_each_pair_once(
-    config, arguments, world, shards, kernel
-):
+def test_what_kernels_make_of_tiles_computes_each_pair_once(asked, shards, kernel):
     """Cut and joined."""
+    config, arguments, world = asked
     sequences = Sequences.build(**arguments)
-    plan = plan_dense(config, sequences, world)
-    wanted = _definition(config, sequences, arguments).int()
-    times = torch.zeros_like(wanted)
+    plan = plan_branches(config, sequences, world)
+    times = _nothing(sequences, KV_HEADS)
     for rank in range(world):
         own = plan.queries.positions(rank)
-        for one in Program.build(plan, rank, kernel, shards).rounds:
+        program = Program.build(plan, rank, kernel, shards, kv_heads=KV_HEADS)
+        for one in program.rounds:
             blocks = _blocks(plan, one) if one.index else [plan.keys.positions(rank)]
-            _count(times, own, one, blocks)
-    assert torch.equal(times, wanted)
+            for tile in one.tiles:
+                _count(times, own, tile, blocks[tile.block])
+    assert torch.equal(times, _definition(config, sequences, arguments, KV_HEADS))
 
 
 def test_packed_documents_are_few_calls():
     """Twelve documents on four ranks, with a kernel that takes sequences of different lengths."""
     sizes = (7, 2, 11, 4, 9, 1, 12, 5, 3, 10, 6, 8)
     ends = [64 * sum(sizes[:i]) for i in range(13)]
-    plan = plan_dense(StandardConfig(causal=True), Sequences.build(cu_seqlens=ends), 4)
+    plan = plan_branches(StandardConfig(causal=True), Sequences.build(cu_seqlens=ends), 4)
     for rank in range(4):
         assert sum(len(one.tiles) for one in rounds(plan, rank, 3)) > 8
         for kernel in (Flash4(), CudaFlash()):
@@ -194,14 +261,16 @@ def test_packed_documents_are_few_calls():
 
 
 def _blocks(plan, one):
-    """Global tokens of a round's blocks, from where each part says that it stands."""
-    blocks = [torch.full((block.rows,), -1) for block in one.blocks]
+    """Global tokens of a round's blocks, by phase, from where each part says that it stands."""
+    blocks = [torch.full((block.heads.phases, block.rows), -1) for block in one.blocks]
     for step in one.steps:
+        held = plan.keys.positions(step.source)
         for part in step.parts:
-            tokens = plan.keys.positions(step.source)[part.rows.indices()]
-            target = blocks[part.block][part.row : part.row + len(part.rows)]
-            assert (target == -1).all()
-            target[:] = tokens
+            for phase, block in enumerate(blocks[part.block]):
+                rows = part.rows.of_phases(range(phase, phase + 1))
+                target = block[part.row : part.row + len(part.rows)]
+                assert (target == -1).all()
+                target[:] = held[rows.indices()]
     assert all((block >= 0).all() for block in blocks)
     return blocks
 
@@ -209,7 +278,7 @@ def _blocks(plan, one):
 @given(configs, sequence_arguments(), st.integers(1, 64))
 def test_a_plan_is_a_small_value(config, arguments, world):
     """Equal, hashable, and the same text wherever it is made: ranks compare it by digest."""
-    first, second = (plan_dense(config, Sequences.build(**arguments), world) for _ in range(2))
+    first, second = (plan_branches(config, Sequences.build(**arguments), world) for _ in range(2))
     assert first == second
     assert hash(first) == hash(second)
     assert repr(first) == repr(second)
@@ -226,7 +295,7 @@ def test_a_layout_gives_every_token_to_one_rank(world, length, make):
 
 @given(st.integers(1, 64), st.integers(64, 10**6), st.sampled_from(["auto", "zigzag", "striped"]))
 def test_long_causal_sequences_are_balanced(world, per_rank, layout):
-    plan = plan_dense(
+    plan = plan_branches(
         StandardConfig(causal=True, layout=layout), Sequences.build(per_rank * world), world
     )
     assert plan.imbalance() <= 1.1
@@ -239,14 +308,14 @@ def test_long_causal_sequences_are_balanced(world, per_rank, layout):
 def test_packed_causal_documents_are_balanced(world, documents):
     """Equal runs dealt by work: never far worse than contiguous shards, and close to even."""
     sequences = Sequences.build(cu_seqlens=_ends(documents))
-    balanced = plan_dense(StandardConfig(causal=True), sequences, world)
-    naive = plan_dense(StandardConfig(causal=True, layout="contiguous"), sequences, world)
+    balanced = plan_branches(StandardConfig(causal=True), sequences, world)
+    naive = plan_branches(StandardConfig(causal=True, layout="contiguous"), sequences, world)
     assert balanced.imbalance() <= max(1.25, naive.imbalance())
 
 
 def test_a_billion_tokens_are_planned_in_closed_form():
     length, world = 10**9, 64
-    plan = plan_dense(StandardConfig(causal=True), Sequences.build(length), world)
+    plan = plan_branches(StandardConfig(causal=True), Sequences.build(length), world)
     assert sum(plan.work(rank) for rank in range(world)) == length * (length + 1) // 2
     assert plan.imbalance() < 1.0001
 
@@ -254,7 +323,7 @@ def test_a_billion_tokens_are_planned_in_closed_form():
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_zigzag_is_one_kernel_call_a_step(world):
     """Adjacent tiles are merged: the own chunks are one triangle, each hop one rectangle."""
-    plan = plan_dense(
+    plan = plan_branches(
         StandardConfig(causal=True, layout="zigzag"), Sequences.build(64 * world), world
     )
     for rank in range(world):
@@ -263,7 +332,7 @@ def test_zigzag_is_one_kernel_call_a_step(world):
 
 def test_four_zigzag_ranks_make_at_most_three_calls():
     """The own triangle; all rows with what earlier ranks have; late rows with the later ones'."""
-    plan = plan_dense(StandardConfig(causal=True, layout="zigzag"), Sequences.build(256), 4)
+    plan = plan_branches(StandardConfig(causal=True, layout="zigzag"), Sequences.build(256), 4)
     calls = [[(len(t.q), len(t.kv)) for o in rounds(plan, r, 3) for t in o.tiles] for r in range(4)]
     assert calls == [
         [(64, 64), (32, 192)],
@@ -274,7 +343,7 @@ def test_four_zigzag_ranks_make_at_most_three_calls():
 
 
 def test_where_all_see_all_a_quarter_of_the_queries_makes_one_call():
-    plan = plan_dense(StandardConfig(), Sequences.build(256), 4)
+    plan = plan_branches(StandardConfig(), Sequences.build(256), 4)
     for rank in range(4):
         own, fetched = rounds(plan, rank, 3, waits=True)
         assert [(len(t.q), len(t.kv)) for t in own.tiles] == [(48, 64)]
@@ -288,14 +357,18 @@ def test_where_all_see_all_a_quarter_of_the_queries_makes_one_call():
 def test_zigzag_fetches_only_what_it_needs():
     """Later ranks need only the first chunk of an earlier one: 3/4 of all rows travel."""
     world, length = 4, 512
-    plan = plan_dense(StandardConfig(causal=True, layout="zigzag"), Sequences.build(length), world)
+    plan = plan_branches(
+        StandardConfig(causal=True, layout="zigzag"), Sequences.build(length), world
+    )
     sent = sum(elements_sent(plan, rank, kv_heads=1) for rank in range(world))
     assert sent == 0.75 * length * (world - 1)
 
 
 def test_a_window_fetches_only_its_halo():
     world, length, left = 8, 800, 30
-    plan = plan_dense(StandardConfig(causal=True, window=(left, 0)), Sequences.build(length), world)
+    plan = plan_branches(
+        StandardConfig(causal=True, window=(left, 0)), Sequences.build(length), world
+    )
     assert [len(run) for run in plan.queries.rows] == [1] * world
     for rank in range(world):
         assert elements_sent(plan, rank, kv_heads=1) == (left if rank < world - 1 else 0)

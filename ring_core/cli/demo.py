@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", default="standard", help="see ring-attention list (default: %(default)s)"
     )
+    for name, what in (
+        ("segment-lengths", "dilated attention: tokens of each branch's segments, as 1024 8192"),
+        ("dilation-rates", "and of how many tokens each branch keeps one, as 1 4"),
+    ):
+        parser.add_argument(f"--{name}", type=_at_least(1), nargs="+", metavar="N", help=what)
     parser.add_argument(
         "--processes", type=_at_least(2), default=4, metavar="N", help="default: %(default)s"
     )
@@ -87,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         steps=arguments.steps,
         seed=arguments.seed,
+        fields=_fields(arguments),
     )
     prepared = comparison.prepare(text, options)
     folder = _folder(arguments.output)
@@ -116,6 +122,12 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _fields(arguments: argparse.Namespace) -> dict[str, list[int]]:
+    """The config's fields that were given."""
+    names = ("segment_lengths", "dilation_rates")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+
+
 def _folder(path: Path) -> Path:
     """Make the folder before training, not after it in vain."""
     try:
@@ -130,6 +142,8 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     words = ["ring-attention", "demo"]
     for name in ("variant", "processes", "context", "steps", "seed"):
         words += [f"--{name}", str(getattr(arguments, name))]
+    for name, numbers in _fields(arguments).items():
+        words += [f"--{name.replace('_', '-')}", *map(str, numbers)]
     return words + (["--input", arguments.input.name] if arguments.input else [])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,13 +29,18 @@ gradient that is all but zero, as that of a byte hardly ever seen, becomes a ste
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose."""
+    """What the user chose; ``fields`` are the config's, beside the variant and ``causal``."""
 
     variant: str
     processes: int
     context: int
     steps: int
     seed: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def named(self, variant: str) -> str:
+        """The variant with its fields, as text."""
+        return ", ".join([variant, *(f"{name}={value}" for name, value in self.fields.items())])
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Prepared:
         return (
             f"{self.document.name}: {len(self.document.data):,} bytes. A context of "
             f"{self.job.context:,} on {self.options.processes} processes, {backend}; variant "
-            f"{self.job.variant}; {self.parameters:,} parameters."
+            f"{self.options.named(self.job.variant)}; {self.parameters:,} parameters."
         )
 
     def run(self) -> Comparison:
@@ -142,7 +149,7 @@ def prepare(document: Document, options: Options) -> Prepared:
         RingError: the variant does not exist, or refuses causal attention or this context.
     """
     context = min(options.context, document.longest_context())
-    attention = registry.create(options.variant, causal=True)
+    attention = registry.create(options.variant, causal=True, **options.fields)
     attention.plan(context)
     gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
     return Prepared(
@@ -150,6 +157,7 @@ def prepare(document: Document, options: Options) -> Prepared:
         options=options,
         job=Job(
             variant=attention.config.variant,
+            fields=options.fields,
             windows=document.windows(context, options.steps, options.seed),
             seed=options.seed,
             size=SIZE,

@@ -28,7 +28,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         _traffic(axes[2], comparison)
         figure.suptitle(
             f"One context of {comparison.context:,} tokens on {comparison.options.processes} "
-            f"processes and on one: variant {comparison.variant}",
+            f"processes and on one: variant {comparison.options.named(comparison.variant)}",
             fontsize=13,
         )
         figure.savefig(path, dpi=150)

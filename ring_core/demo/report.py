@@ -33,6 +33,7 @@ def report(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
         },
         "settings": {
             "variant": comparison.variant,
+            "fields": dict(options.fields),
             "processes": options.processes,
             "context_asked_for": options.context,
             "context": comparison.context,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +30,12 @@ class Job:
     """What to train on; the same for every rank and for both runs.
 
     Attributes:
+        fields: of the attention's config, beside the variant and ``causal``.
         windows: one run of ``context + 1`` bytes per step.
     """
 
     variant: str
+    fields: Mapping[str, Any]
     windows: tuple[bytes, ...]
     seed: int
     size: ModelSize
@@ -69,7 +72,7 @@ class RankResult:
 
 def train(worker: Worker, job: Job, title: str) -> RankResult:
     """Train on this rank's rows of each window. A task for :func:`ring_core.launching.launch`."""
-    attention = registry.create(job.variant, causal=True)
+    attention = registry.create(job.variant, causal=True, **job.fields)
     warm_up(worker, job, attention)
     plan = attention.plan(job.context)
     communicator = attention.communicator(plan, worker.device)

@@ -154,6 +154,34 @@ def run_case(worker: Worker, case: Case) -> Result | None:
     return Result(*(x.cpu() for x in whole)) if worker.rank == 0 else None
 
 
+def visible_of(case: Case) -> Tensor:
+    """Which keys each query sees by the common fields, or how often they count where the case is
+    dilated: a shape that broadcasts to [B, H, Sq, Sk]."""
+    from ring_core import reference
+
+    seen = reference.visible(
+        case.q_len,
+        case.k_len,
+        causal=case.fields.get("causal", False),
+        window=case.fields.get("window"),
+        cu_seqlens=case.cu_seqlens,
+        kv_cu_seqlens=case.kv_cu_seqlens,
+    )
+    if case.lengths is not None:
+        seen = reference.within_lengths(seen, case.lengths)
+    segments = case.fields.get("segment_lengths")
+    if segments is None:
+        return seen
+    times = reference.dilated(
+        case.q_len,
+        case.kv_heads,
+        segments,
+        case.fields["dilation_rates"],
+        cu_seqlens=case.cu_seqlens,
+    )
+    return seen * times.repeat_interleave(case.heads // case.kv_heads, dim=0)
+
+
 def expected_of(case: Case, seen: Tensor) -> Result:
     """What the reference says of the case, under the mask ``seen`` (see reference.attention)."""
     from ring_core import reference

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_core import reference, registry
+from ring_core import registry
 from ring_core.errors import DisagreementError, InputError, RingError
-from ring_core.testing.case import Case, Result, expected_of, run_case
+from ring_core.testing.case import Case, Result, expected_of, run_case, visible_of
 from ring_core.testing.pool import RankPool
 from ring_core.testing.tasks import (
     call_without_plan,
@@ -79,16 +79,9 @@ class Conformance:
     # What a variant may override
 
     def visible(self, case: Case) -> Tensor:
-        """Which keys each query sees, by definition: bool [Sq, Sk] or [B, H, Sq, Sk]."""
-        seen = reference.visible(
-            case.q_len,
-            case.k_len,
-            causal=case.fields.get("causal", False),
-            window=case.fields.get("window"),
-            cu_seqlens=case.cu_seqlens,
-            kv_cu_seqlens=case.kv_cu_seqlens,
-        )
-        return seen if case.lengths is None else reference.within_lengths(seen, case.lengths)
+        """Which keys each query sees, by definition, or how often they count: a shape that
+        broadcasts to [B, H, Sq, Sk]."""
+        return visible_of(case)
 
     def expected(self, case: Case) -> Result:
         """Out, lse and gradients of the case in float64."""

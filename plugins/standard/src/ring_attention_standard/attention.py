@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ring_attention_standard.config import StandardConfig
-from ring_attention_standard.planner import DensePlan, plan_dense
+from ring_attention_standard.planner import BranchPlan, plan_branches
 from ring_core.attention import BaseRingAttention
 from ring_core.sequences import Sequences
 
@@ -13,5 +13,5 @@ class StandardRingAttention(BaseRingAttention):
 
     config_class = StandardConfig
 
-    def make_plan(self, sequences: Sequences, world: int) -> DensePlan:
-        return plan_dense(self.config, sequences, world)
+    def make_plan(self, sequences: Sequences, world: int) -> BranchPlan:
+        return plan_branches(self.config, sequences, world)

@@ -1,35 +1,95 @@
-"""The planner of dense attention: one band, within documents, over any layout."""
+"""The planner of dense and dilated attention: a band, within documents or their segments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+from ring_attention_standard.branches import Branch
 from ring_core.config import LayoutName, RingAttentionConfig
+from ring_core.errors import InputError
 from ring_core.layout import Layout, balanced, contiguous, striped, zigzag
 from ring_core.masks import Band, Mask
-from ring_core.plan import Plan, Tile
+from ring_core.plan import Heads, Plan, Tile
 from ring_core.sequences import Sequences
-from ring_core.tiling import Document, band_tiles, visible_pairs
+from ring_core.tiling import Document, Run, common, join_phases, merge_tiles, runs_of
 
 _EVEN = 1.05
 """Up to this imbalance ``auto`` keeps contiguous shards, which move the least data."""
 
 
 @dataclass(frozen=True)
-class DensePlan(Plan):
-    """Every visible pair of every document, under a band."""
+class BranchPlan(Plan):
+    """Every visible pair of every branch: within a document's segments, under a band."""
 
     documents: tuple[Document, ...]
     band: Band
+    branches: tuple[Branch, ...]
 
     @property
     def masks(self) -> frozenset[type[Mask]]:
         return frozenset({Band})
 
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
-        return band_tiles(self.queries, self.keys, self.documents, self.band, rank, owner)
+        pairs = list(self._pairs(rank, owner))
+        found: list[Tile] = []
+        for branch in self.branches:
+            met = [pair for pair in pairs if branch.meets(*pair)]
+            tiles = [
+                tile
+                for phase in range(branch.rate if met else 0)
+                for tile in merge_tiles(
+                    replace(tile, heads=Heads(phase, branch.rate), batch=document.batch)
+                    for document, q, kv in met
+                    for tile in branch.tiles(document, phase, q, kv, self.band)
+                )
+            ]
+            joined = join_phases(tiles)
+            # Rows of other ranks are asked for by heads: some of them twice, if tiles that read the
+            # same ones named different heads.
+            alike = rank == owner or all(one.heads.phases == branch.rate for one in joined)
+            found += joined if alike else tiles
+        return found
+
+    def _pairs(self, rank: int, owner: int) -> Iterator[tuple[Document, Run, Run]]:
+        """Each document with the runs of both ranks that hold some of it."""
+        theirs = runs_of(self.keys, owner)
+        for members in _by_batch(self.documents):
+            starts = [document.q.start for document in members]
+            for q in runs_of(self.queries, rank):
+                first = max(0, bisect_right(starts, q.tokens[0]) - 1)
+                for document in members[first:]:
+                    if document.q.start > q.tokens[-1]:
+                        break
+                    if common(q.tokens, document.q):
+                        for kv in theirs:
+                            if common(kv.tokens, document.kv):
+                                yield document, q, kv
+
+
+def plan_branches(config: RingAttentionConfig, sequences: Sequences, world: int) -> BranchPlan:
+    """A plan for ``world`` ranks: dilated where the config has segments, else dense.
+
+    Raises:
+        InputError: dilated cross-attention, which is not defined.
+    """
+    band, branches = band_of(config), branches_of(config)
+    if sequences.cross and config.segment_lengths is not None:
+        raise InputError(
+            f"segment_lengths={list(config.segment_lengths)} with kv_len or kv_cu_seqlens: dilated "
+            "cross-attention is not defined; leave segment_lengths and dilation_rates out"
+        )
+    queries = _layout(config.layout, sequences, band, branches, world)
+    if not sequences.cross:
+        keys = queries
+    elif config.layout in ("zigzag", "striped"):
+        keys = {"zigzag": zigzag, "striped": striped}[config.layout](sequences.kv_len, world)
+    else:
+        keys = contiguous(sequences.kv_len, world)
+    return BranchPlan(queries, keys, sequences.documents, band, branches)
 
 
 def band_of(config: RingAttentionConfig) -> Band:
@@ -40,33 +100,52 @@ def band_of(config: RingAttentionConfig) -> Band:
     return Band(None if left is None else -left, right)
 
 
-def plan_dense(config: RingAttentionConfig, sequences: Sequences, world: int) -> DensePlan:
-    """A plan for ``world`` ranks."""
-    band = band_of(config)
-    queries = _layout(config.layout, sequences, band, world)
-    if not sequences.cross:
-        keys = queries
-    elif config.layout in ("zigzag", "striped"):
-        keys = {"zigzag": zigzag, "striped": striped}[config.layout](sequences.kv_len, world)
-    else:
-        keys = contiguous(sequences.kv_len, world)
-    return DensePlan(queries, keys, sequences.documents, band)
+def branches_of(config: RingAttentionConfig) -> tuple[Branch, ...]:
+    """``segment_lengths`` and ``dilation_rates``; one dense branch where there are none."""
+    if config.segment_lengths is None or config.dilation_rates is None:
+        return (Branch(),)
+    return tuple(map(Branch, config.segment_lengths, config.dilation_rates))
 
 
-def _layout(name: LayoutName, sequences: Sequences, band: Band, world: int) -> Layout:
+def _layout(
+    name: LayoutName, sequences: Sequences, band: Band, branches: tuple[Branch, ...], world: int
+) -> Layout:
     length = sequences.q_len
     if name == "contiguous":
         return contiguous(length, world)
     if name == "striped":
         return striped(length, world)
-    work = partial(visible_pairs, documents=sequences.documents, band=band, batch=sequences.batch)
+    work = partial(_work, sequences=sequences, band=band, branches=branches)
     if name == "auto" and _imbalance(contiguous(length, world), work) <= _EVEN:
         return contiguous(length, world)
     plain = zigzag(length, world)
-    one_ramp = len(sequences.documents) == 1 and sequences.documents[0].q == range(length)
-    return plain if one_ramp else balanced(length, world, work)
+    if len(sequences.documents) == 1 and sequences.documents[0].q == range(length):
+        one_ramp = branches == (Branch(),)
+        if name == "zigzag" or one_ramp or _imbalance(plain, work) <= _EVEN:
+            return plain
+    return balanced(length, world, work)
+
+
+def _work(rows: range, sequences: Sequences, band: Band, branches: tuple[Branch, ...]) -> int:
+    """What a run of queries costs: visible pairs, in whole multiples of what one KV head keeps."""
+    whole = math.lcm(*(branch.rate**2 for branch in branches))
+    return sum(
+        branch.pairs(rows, document, band)
+        * (whole // branch.rate**2)
+        * (sequences.batch if document.batch is None else len(document.batch))
+        for document in sequences.documents
+        for branch in branches
+    )
 
 
 def _imbalance(layout: Layout, work: Callable[[range], int]) -> float:
     loads = [sum(work(run) for run in runs) for runs in layout.rows]
     return max(loads) * layout.world / max(1, sum(loads))
+
+
+def _by_batch(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents of the same batch rows together: within those they are in ascending order."""
+    groups: dict[range | None, list[Document]] = {}
+    for document in documents:
+        groups.setdefault(document.batch, []).append(document)
+    yield from groups.values()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ring_attention_standard.config import StandardConfig
-from ring_core import Variant, hookimpl
+from ring_core import Preset, Variant, hookimpl
 
 RING_HOOK_API = 1
 
@@ -15,8 +16,20 @@ def ring_variant() -> Variant:
     return Variant(
         config=StandardConfig,
         attention="ring_attention_standard.attention:StandardRingAttention",
-        summary="exact dense attention: causal, windows, packed documents, cross-attention",
+        summary="exact attention, dense and dilated: causal, windows, packed documents, "
+        "cross-attention",
     )
+
+
+@hookimpl
+def ring_presets() -> Mapping[str, Preset]:
+    return {
+        "development": Preset(
+            "standard",
+            {"segment_lengths": (2048, 4096), "dilation_rates": (1, 2), "deterministic": True},
+            "dilated attention, bitwise repeatable",
+        )
+    }
 
 
 @hookimpl

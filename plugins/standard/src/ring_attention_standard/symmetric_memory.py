@@ -226,6 +226,7 @@ class _Put:
             if rows.is_run and whole:
                 self._run = slice(rows.start, rows.start + rows.count)
             else:
+                there = there.unflatten(2, (-1, part.heads.phases))
                 there = there.unflatten(1, (rows.repeat, rows.count))
         self._there = there.unbind(0)
 

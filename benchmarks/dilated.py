@@ -1,0 +1,327 @@
+"""Dilated attention over ever longer sequences: time, memory and error, beside the dense ring.
+
+``python benchmarks/dilated.py --output benchmarks/results`` on a machine with GPUs writes a page, a
+picture and the numbers; without ``--output`` it prints the table. Segments of 2,048 to 65,536
+tokens, doubling, at rates 1 to 32. Lengths double until one does not fit. Every tensor is really
+there; each rank draws its own shard. Figures are medians of the slowest rank.
+
+Errors are relative, against float64 from the definition, of out and gradients of some tokens of
+every rank, in its last segment too: there indices pass 2**31 and could overflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import hardware
+from ring_core import registry
+from ring_core.launching import Worker, launch
+
+HEADS, HEAD_DIM = 8, 64
+SEGMENTS = [2048 << i for i in range(6)]
+RATES = [1 << i for i in range(6)]
+DENSE_SECONDS = 4.0
+"""Dense attention is left out where it would take longer."""
+SAMPLED = 3
+"""Tokens of a rank whose errors are computed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure; the same for every rank."""
+
+    shortest: int
+    longest: int
+    causal: bool
+    segments: tuple[int, ...]
+    rates: tuple[int, ...]
+    turns: int
+    dtype: str
+
+
+def measure(worker: Worker, job: Job) -> list[dict[str, Any]]:
+    """Rows of the table. A task for :func:`ring_core.launching.launch`."""
+    fields = {"causal": job.causal, "segment_lengths": job.segments, "dilation_rates": job.rates}
+    ways = {"dilated": fields, "dense": {"causal": job.causal}}
+    attentions = {name: registry.create("standard", **way) for name, way in ways.items()}
+    rows: list[dict[str, Any]] = []
+    done: set[tuple[str, str]] = set()
+    tokens = job.shortest
+    while tokens <= job.longest:
+        row: dict[str, Any] = {"tokens": tokens}
+        for name, attention in attentions.items():
+            for way in ("forward", "both"):
+                if (name, way) in done:
+                    continue
+                found = _measure(worker, job, attention, tokens, way)
+                if found is None or (name == "dense" and found["ms"] > 1e3 * DENSE_SECONDS / 4):
+                    done.add((name, way))
+                if found is not None:
+                    row[f"{name} {way}"] = found
+        if not {"dilated forward", "dilated both"} & row.keys():
+            break
+        rows.append(row)
+        if worker.rank == 0:
+            print(line(row, worker.world), flush=True)
+        tokens *= 2
+    return rows
+
+
+def _measure(
+    worker: Worker, job: Job, attention: Any, tokens: int, way: str
+) -> dict[str, Any] | None:
+    """Time, memory and error of one length; None if some rank has too little memory."""
+    found: dict[str, Any] | None = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        found = _Case(worker, job, attention, tokens, way).measure()
+    if worker.device.type == "cuda":
+        torch.cuda.empty_cache()
+    fits = torch.tensor(float(found is not None), device=worker.device)
+    if worker.world > 1:
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    return found if float(fits) else None
+
+
+class _Case:
+    def __init__(self, worker: Worker, job: Job, attention: Any, tokens: int, way: str) -> None:
+        self.worker, self.job, self.attention, self.way = worker, job, attention, way
+        self.plan = attention.plan(tokens)
+        generator = torch.Generator(worker.device).manual_seed(worker.rank)
+        shape = 1, self.plan.local_len, HEADS, HEAD_DIM
+        self.q, self.k, self.v, *rest = (
+            torch.randn(
+                shape, generator=generator, device=worker.device, dtype=getattr(torch, job.dtype)
+            )
+            for _ in range(3 if way == "forward" else 4)
+        )
+        self.dout = rest[0] if rest else None
+        if self.dout is not None:
+            for x in (self.q, self.k, self.v):
+                x.requires_grad_()
+
+    def measure(self) -> dict[str, Any]:
+        results = self._run()  # compiles and allocates
+        error = self._error(*results) if self.attention.config.segment_lengths else None
+        del results
+        self._synchronize()
+        if self.worker.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        once = self._time(1)
+        repeats = max(1, min(20, int(0.3 / once)))
+        times = [self._time(repeats) for _ in range(self.job.turns)]
+        memory = torch.cuda.max_memory_allocated() if self.worker.device.type == "cuda" else 0
+        shared = self._shared()
+        return {
+            "ms": 1e3 * self._slowest(statistics.median(times)),
+            "bytes": self._slowest(memory + shared),
+            "error": error,
+        }
+
+    def _run(self) -> tuple[Tensor, ...]:
+        if self.dout is None:
+            with torch.no_grad():
+                return self.attention(self.q, self.k, self.v, plan=self.plan, return_lse=True)
+        inputs = self.q, self.k, self.v
+        out, lse = self.attention(*inputs, plan=self.plan, return_lse=True)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, self.dout)
+
+    def _time(self, repeats: int) -> float:
+        self._synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            self._run()
+        if self.worker.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._slowest((time.perf_counter() - started) / repeats)
+
+    def _synchronize(self) -> None:
+        if self.worker.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.worker.world > 1:
+            dist.barrier()
+
+    def _slowest(self, figure: float) -> float:
+        on_all = torch.tensor(float(figure), device=self.worker.device, dtype=torch.float64)
+        if self.worker.world > 1:
+            dist.all_reduce(on_all, dist.ReduceOp.MAX)
+        return float(on_all)
+
+    def _shared(self) -> int:
+        communicator = self.attention.communicator(self.plan, self.worker.device)
+        return getattr(communicator, "shared_bytes", 0)
+
+    def _error(self, out: Tensor, lse: Tensor, *gradients: Tensor) -> dict[str, float] | None:
+        """Largest relative error of any rank, where its segments are all its own."""
+        positions = self.plan.positions
+        first, last = int(positions[0]), int(positions[-1])
+        local = last - first + 1 == len(positions) and all(
+            first % w == 0 and (last + 1) % w == 0 for w in self.job.segments
+        )
+        errors = self._errors(out, lse, *gradients) if local else {}
+        found = {name: self._slowest(errors.get(name, -1.0)) for name in ("out", "dq", "dk", "dv")}
+        known = {name: error for name, error in found.items() if error >= 0}
+        return known or None
+
+    def _errors(self, out: Tensor, lse: Tensor, *gradients: Tensor) -> dict[str, float]:
+        names = ("out", "dq", "dk", "dv")[: 1 + len(gradients)]
+        wrong, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        rows = self.plan.local_len
+        tensors = dict(zip(names, (out, *gradients), strict=True))
+        for token in (rows - 1, rows - 1000, rows // 2 + 77)[:SAMPLED]:
+            for head in range(HEADS):
+                expected = self._expected(token, head, out, lse)
+                for name in names:
+                    right = expected[name]
+                    wrong[name] += float((tensors[name][0, token, head] - right).square().sum())
+                    size[name] += float(right.square().sum())
+        return {name: math.sqrt(wrong[name] / size[name]) for name in names}
+
+    def _expected(self, token: int, head: int, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
+        """Out and dq of a query, from its keys; dk and dv of the key at its place, from the queries
+        that see it and what they were given."""
+        q, k, v = (x.detach()[0, :, head] for x in (self.q, self.k, self.v))
+        scale = HEAD_DIM**-0.5
+        kept = []
+        for w, r in zip(self.job.segments, self.job.rates, strict=True):
+            start = token // w * w
+            if (token - start) % r == head % r:
+                kept.append(torch.arange(start + head % r, start + w, r, device=q.device))
+        others = torch.cat(kept)
+        keys = others[others <= token] if self.job.causal else others
+        scores = k[keys].double() @ q[token].double() * scale
+        weights = torch.softmax(scores, 0)
+        found = {"out": weights @ v[keys].double()}
+        if self.dout is None:
+            return found
+        dout = self.dout[0, :, head]
+        delta = dout[token].double() @ found["out"]
+        slopes = weights * (v[keys].double() @ dout[token].double() - delta)
+        found["dq"] = slopes @ k[keys].double() * scale
+        queries = others[others >= token] if self.job.causal else others
+        scores = q[queries].double() @ k[token].double() * scale
+        weights = torch.exp(scores - lse[0, head, queries].double())
+        deltas = (dout[queries].double() * out[0, queries, head].double()).sum(-1)
+        slopes = weights * (dout[queries].double() @ v[token].double() - deltas)
+        found["dk"] = slopes @ q[queries].double() * scale
+        found["dv"] = weights @ dout[queries].double()
+        return found
+
+
+HEADER = [
+    "| tokens | forward, ms | ns a token | with backward, ms | ns a token | memory a rank, GB | "
+    "error of out, dq, dk, dv | dense ring, ms |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def line(row: dict[str, Any], world: int) -> str:
+    """A row as Markdown; nanoseconds are of one rank for each of its tokens."""
+    cells = [f"{row['tokens']:,}"]
+    forward, both = (row.get(f"dilated {way}") for way in ("forward", "both"))
+    for found in (forward, both):
+        cells += [f"{found['ms']:.2f}", f"{_each(found, row, world):.2f}"] if found else ["", ""]
+    cells.append(" / ".join(f"{x['bytes'] / 1e9:.1f}" for x in (forward, both) if x))
+    error = next((x["error"] for x in (both, forward) if x and x["error"]), None)
+    cells.append(", ".join(f"{x:.1e}" for x in error.values()) if error else "")
+    dense = [row[f"dense {way}"] for way in ("forward", "both") if f"dense {way}" in row]
+    cells.append(" / ".join(f"{x['ms']:.1f}" for x in dense))
+    return f"| {' | '.join(cells)} |"
+
+
+def _each(found: dict[str, Any], row: dict[str, Any], world: int) -> float:
+    return 1e6 * float(found["ms"]) * world / int(row["tokens"])
+
+
+def picture(rows: Sequence[dict[str, Any]], world: int, path: Path) -> None:
+    """Time over length, and time for each token."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    styles = {
+        "dilated forward": ("#1f77b4", "-"),
+        "dilated both": ("#ff7f0e", "-"),
+        "dense forward": ("#1f77b4", ":"),
+        "dense both": ("#ff7f0e", ":"),
+    }
+    for name, (color, style) in styles.items():
+        there = [row for row in rows if name in row]
+        tokens = [row["tokens"] for row in there]
+        label = name.replace("both", "with backward")
+        for panel, figures in (
+            (left, [row[name]["ms"] for row in there]),
+            (right, [_each(row[name], row, world) for row in there]),
+        ):
+            panel.plot(tokens, figures, style, color=color, marker="o", markersize=3, label=label)
+    for panel, title in ((left, "milliseconds"), (right, "nanoseconds of a rank for each token")):
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel("tokens")
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    parser.add_argument("--shortest", type=int, default=1 << 16)
+    parser.add_argument("--longest", type=int, default=1 << 28)
+    parser.add_argument("--segments", type=int, nargs="+", default=SEGMENTS)
+    parser.add_argument("--rates", type=int, nargs="+", default=RATES)
+    parser.add_argument("--full", action="store_true", help="not causal")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, help="folder for a dated page")
+    options = parser.parse_args()
+    job = Job(
+        options.shortest,
+        options.longest,
+        not options.full,
+        tuple(options.segments),
+        tuple(options.rates),
+        options.turns,
+        options.dtype,
+    )
+    print("\n".join(HEADER), flush=True)
+    device_type = "cuda" if gpus else "cpu"
+    rows = launch(measure, job, processes=options.ranks, device_type=device_type)[0]
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"{datetime.date.today().isoformat()}-dilated"
+        (options.output / f"{name}.json").write_text(json.dumps(rows, indent=1))
+        picture(rows, options.ranks, options.output / f"{name}.png")
+        mask = "causal" if job.causal else "full"
+        page = [
+            f"# Dilated attention on {options.ranks} ranks, {mask}, {HEADS} heads of {HEAD_DIM}, "
+            f"{job.dtype}",
+            "",
+            *hardware.lines(options.output),
+            f"- segments {list(job.segments)}, rates {list(job.rates)}",
+            "",
+            f"![time]({name}.png)",
+            "",
+            *HEADER,
+            *(line(row, options.ranks) for row in rows),
+            "",
+        ]
+        (options.output / f"{name}.md").write_text("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

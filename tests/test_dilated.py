@@ -1,0 +1,249 @@
+"""Dilated attention (LongNet, arXiv 2307.02486) through the conformance kit, and by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+
+from ring_core import reference, registry
+from ring_core.errors import InputError
+from ring_core.rounds import elements_sent, rounds
+from ring_core.testing import Case, Conformance, RankPool, Worker
+from ring_core.testing.case import run_case
+from ring_core.testing.tasks import build
+
+
+class TestDilated(Conformance):
+    variant = "standard"
+    fields = (
+        # Segments within shards and across them, rates that divide them.
+        {"segment_lengths": [4, 16], "dilation_rates": [1, 2], "causal": True},
+        # Rates that divide nothing, longer than the sequence; some rows are in no branch.
+        {"segment_lengths": [7, 1000], "dilation_rates": [2, 3]},
+        # The same rate twice: pairs that count twice, for the same heads.
+        {"segment_lengths": [9, 24, 13], "dilation_rates": [2, 2, 5], "causal": True},
+        {"segment_lengths": [16, 40], "dilation_rates": [1, 3], "window": (9, 4)},
+    )
+    layouts = ("auto", "zigzag")  # stripes: tests of plans and of rounds
+    sequences: ClassVar = {
+        name: Conformance.sequences[name]
+        for name in ("odd", "batch", "many queries per key", "packed", "packed batch", "padded")
+    } | {"more heads than phases": {"seq_len": 33, "heads": 10, "kv_heads": 5}}
+
+
+# The reference itself
+
+
+def test_the_mean_of_the_kept_values_by_hand():
+    """Queries of 0 weigh all keys alike: out is a mean, lse the logarithm of a count."""
+    values = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    kept = {  # segments of 2, all of them; segments of 4 (the last is short), every second token
+        0: [0, 1, 0, 2],
+        1: [0, 1],
+        2: [2, 3, 0, 2],
+        3: [2, 3],
+        4: [4, 5, 4],
+        5: [4, 5],
+    }
+    q = torch.zeros(1, 6, 1, 1, dtype=torch.float64)
+    v = torch.tensor(values, dtype=torch.float64).view(1, 6, 1, 1)
+    times = reference.dilated(6, 1, [2, 4], [1, 2])
+    attention = registry.create("standard", segment_lengths=[2, 4], dilation_rates=[1, 2])
+    for out, lse in (
+        reference.attention(q, q, v, times),
+        attention(q, q, v, return_lse=True),
+    ):
+        for i, keys in kept.items():
+            assert out[0, i, 0, 0].item() == pytest.approx(sum(keys) / len(keys), abs=1e-14)
+            assert lse[0, 0, i].item() == pytest.approx(math.log(len(keys)), abs=1e-14)
+
+
+def test_the_second_head_starts_a_token_later():
+    """Two KV heads at rate 2: the first keeps 0 and 2, the second 1 and 3."""
+    times = reference.dilated(4, 2, [4], [2])
+    assert times[0].tolist() == [[1, 0, 1, 0], [0] * 4, [1, 0, 1, 0], [0] * 4]
+    assert times[1].tolist() == [[0] * 4, [0, 1, 0, 1], [0] * 4, [0, 1, 0, 1]]
+
+
+def branch_by_branch(q, k, v, segments, rates, causal):
+    """LongNet's own way, one query at a time in plain Python: attention of each branch alone, and
+    the branches' outputs weighed by the denominators of their softmaxes (its equation 10)."""
+    length, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
+    out = []
+    for i in range(length):
+        for h in range(heads):
+            group = h * kv_heads // heads
+            outputs, denominators = [], []
+            for w, r in zip(segments, rates, strict=True):
+                first = i // w * w
+                if (i - first) % r != group % r:
+                    continue
+                last = i + 1 if causal else min(first + w, length)
+                keys = [j for j in range(first, last) if (j - first) % r == group % r]
+                weights = torch.stack(
+                    [(q[0, i, h] @ k[0, j, group] / math.sqrt(q.shape[3])).exp() for j in keys]
+                )
+                denominators.append(weights.sum())
+                outputs.append(weights @ v[0, keys, group] / weights.sum())
+            if not outputs:
+                out.append(torch.zeros_like(v[0, 0, 0]))
+                continue
+            alpha = torch.stack(denominators) / sum(denominators)
+            out.append(alpha @ torch.stack(outputs))
+    return torch.stack(out).view(1, length, heads, v.shape[3])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("segments", "rates"), [([4, 8], [1, 2]), ([5, 30], [2, 3]), ([3, 3], [1, 1]), ([20], [7])]
+)
+def test_branches_weighed_by_their_denominators(segments, rates, causal):
+    """The definition (a key counts once for each branch) is LongNet's merge, and so are gradients:
+    through the weights too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 13, h, 3, dtype=torch.float64) for h in (4, 2, 2))
+    dout = torch.randn(1, 13, 4, 3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    by_hand = branch_by_branch(*leaves, segments, rates, causal)
+    expected = [by_hand, *torch.autograd.grad(by_hand, leaves, dout, materialize_grads=True)]
+    seen = reference.visible(13, 13, causal=causal)
+    times = seen * reference.dilated(13, 2, segments, rates).repeat_interleave(2, dim=0)
+    attention = registry.create(
+        "standard", segment_lengths=segments, dilation_rates=rates, causal=causal
+    )
+    for out in (reference.attention(*leaves, times)[0], attention(*leaves)):
+        found = [out, *torch.autograd.grad(out, leaves, dout, materialize_grads=True)]
+        for one, right in zip(found, expected, strict=True):
+            assert torch.allclose(one, right, atol=1e-12, rtol=0)
+
+
+# What moves
+
+
+def bytes_sent(worker: Worker, fields: dict, seq_len: int) -> tuple[int, int]:
+    """What a forward and backward sent, and what the plan says."""
+    case = Case(fields=fields, seq_len=seq_len, heads=8, kv_heads=4)
+    attention, plan, (q, k, v, dout, _) = build(worker, case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    attention(*leaves, plan=plan).backward(dout)
+    sent = attention.communicator(plan).counters.bytes_sent
+    theirs = elements_sent(plan.plan, plan.rank, 4)
+    mine = sum(
+        len(part.rows) * part.heads.count(4)
+        for one in rounds(plan.plan, plan.rank, 1)
+        for step in one.steps
+        for part in step.parts
+    )
+    return sent, (2 * theirs + mine) * (8 + 8) * 8
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", ["auto", "contiguous", "zigzag"])
+@pytest.mark.parametrize("segment", [64, 128])
+def test_a_branch_sends_its_share_of_dense(cpu_pool: RankPool, segment, layout, causal):
+    """Bytes are the plan's, and at rate r at most 1/r of what the same segments send at rate 1."""
+    sent = {}
+    for rate in (1, 2, 4):
+        fields = {
+            "segment_lengths": [segment],
+            "dilation_rates": [rate],
+            "layout": layout,
+            "causal": causal,
+        }
+        counted, planned = zip(*cpu_pool.run(bytes_sent, fields, 128, world=4), strict=True)
+        assert counted == planned
+        sent[rate] = sum(counted)
+    assert sent[1] > 0
+    assert sent[2] * 2 <= sent[1]
+    assert sent[4] * 4 <= sent[1]
+
+
+def test_segments_within_a_shard_need_no_communication(cpu_pool: RankPool):
+    fields = {"segment_lengths": [8, 32], "dilation_rates": [1, 4], "causal": True}
+    assert cpu_pool.run(bytes_sent, fields, 128, world=4) == [(0, 0)] * 4
+    plan = registry.create("standard", **fields).make_plan(_sequences(4 * 4096), 4)
+    for rank in range(4):
+        assert [one.index for one in rounds(plan, rank, 1)] == [0]
+        assert [one.index for one in rounds(plan, rank, 3)] == [0]
+
+
+def test_thousands_of_segments_are_a_few_tiles():
+    """What 64 million tokens take on four ranks: one tile for each branch."""
+    lengths, rates = [2048 << i for i in range(6)], [1 << i for i in range(6)]
+    attention = registry.create("standard", segment_lengths=lengths, dilation_rates=rates)
+    plan = attention.make_plan(_sequences(64 << 20), 4)
+    assert plan.imbalance() == 1.0
+    for rank in range(4):
+        (own,) = rounds(plan, rank, 3)
+        assert [len(tile.q) for tile in own.tiles] == [(16 << 20) // rate for rate in rates]
+        assert [tile.heads.phases for tile in own.tiles] == rates
+
+
+def test_segments_across_ranks_are_a_tile_for_each_owner():
+    attention = registry.create("standard", segment_lengths=[1 << 20], dilation_rates=[8])
+    plan = attention.make_plan(_sequences(1 << 20), 4)
+    for rank in range(4):
+        own, *others = rounds(plan, rank, 1)
+        assert [len(one.tiles) for one in (own, *others)] == [1] * 4
+        (together,) = rounds(plan, rank, 3)[1:]
+        assert [(len(tile.q), len(tile.kv)) for tile in together.tiles] == [(1 << 15, 3 << 15)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"segment_lengths": [1 << 20], "dilation_rates": [2]},
+        {"segment_lengths": [512, 1 << 20], "dilation_rates": [1, 4]},
+        {"segment_lengths": [1 << 14, 1 << 16], "dilation_rates": [1, 2]},
+        {"segment_lengths": [30_000], "dilation_rates": [3]},
+    ],
+)
+def test_causal_work_is_balanced(world, fields):
+    attention = registry.create("standard", causal=True, **fields)
+    for sequence in (_sequences(1 << 17), _sequences(100_003)):
+        assert attention.make_plan(sequence, world).imbalance() <= 1.1
+
+
+def _sequences(length):
+    from ring_core.sequences import Sequences
+
+    return Sequences.build(length)
+
+
+# How it is asked for
+
+
+def test_dilated_cross_attention_is_refused_by_name():
+    attention = registry.create("standard", segment_lengths=[8], dilation_rates=[2])
+    with pytest.raises(InputError, match=r"segment_lengths=\[8\] with kv_len.*not defined"):
+        attention.plan(16, kv_len=20)
+
+
+PRESET_FIELDS = {
+    "production": {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]},
+    "large_scale": {
+        "segment_lengths": [4096, 8192, 16384, 32768],
+        "dilation_rates": [1, 2, 4, 8],
+    },
+}
+"""What presets of other plugins will use (``hilbert_optimized`` has production's)."""
+
+
+@pytest.mark.parametrize("preset", ["development", *PRESET_FIELDS])
+def test_presets_run_on_four_ranks(cpu_pool: RankPool, preset):
+    """At a length of several segments that divides nothing; float32 against one device."""
+    if preset == "development":
+        fields = dict(registry.presets()[preset].fields)
+        chosen = registry.create_from_preset(preset)
+        assert chosen.config.segment_lengths == (2048, 4096)
+        assert chosen.config.deterministic
+    else:
+        fields = PRESET_FIELDS[preset]
+    case = Case(fields={**fields, "causal": True}, seq_len=20_001, dtype="float32")
+    alone = cpu_pool.run(run_case, case, world=1)[0]
+    many = cpu_pool.run(run_case, case, world=4)[0]
+    assert max(many.errors(alone).values()) < 1e-4
