@@ -29,6 +29,7 @@ from torch import Tensor
 
 import hardware
 from ring_core import registry
+from ring_core.errors import RingError
 from ring_core.launching import Worker, launch
 
 HEADS, HEAD_DIM = 8, 64
@@ -53,32 +54,26 @@ class Job:
     dtype: str
 
 
-def measure(worker: Worker, job: Job) -> list[dict[str, Any]]:
-    """Rows of the table. A task for :func:`ring_core.launching.launch`."""
-    fields = {"causal": job.causal, "segment_lengths": job.segments, "dilation_rates": job.rates}
-    ways = {"dilated": fields, "dense": {"causal": job.causal}}
-    attentions = {name: registry.create("standard", **way) for name, way in ways.items()}
-    rows: list[dict[str, Any]] = []
-    done: set[tuple[str, str]] = set()
+def measure(worker: Worker, job: Job, name: str, way: str) -> list[dict[str, Any]]:
+    """One column of the table, down to the length that does not fit or takes too long. A task for
+    :func:`ring_core.launching.launch`."""
+    fields: dict[str, Any] = {"causal": job.causal}
+    if name == "dilated":
+        fields |= {"segment_lengths": job.segments, "dilation_rates": job.rates}
+    attention = registry.create("standard", **fields)
+    found: list[dict[str, Any]] = []
     tokens = job.shortest
     while tokens <= job.longest:
-        row: dict[str, Any] = {"tokens": tokens}
-        for name, attention in attentions.items():
-            for way in ("forward", "both"):
-                if (name, way) in done:
-                    continue
-                found = _measure(worker, job, attention, tokens, way)
-                if found is None or (name == "dense" and found["ms"] > 1e3 * DENSE_SECONDS / 4):
-                    done.add((name, way))
-                if found is not None:
-                    row[f"{name} {way}"] = found
-        if not {"dilated forward", "dilated both"} & row.keys():
+        one = _measure(worker, job, attention, tokens, way)
+        if one is None:
             break
-        rows.append(row)
+        found.append(one)
         if worker.rank == 0:
-            print(line(row, worker.world), flush=True)
+            print(f"{name} {way}: {tokens:,} tokens, {one['ms']:.2f} ms", flush=True)
+        if name == "dense" and one["ms"] > 1e3 * DENSE_SECONDS / 4:
+            break
         tokens *= 2
-    return rows
+    return found
 
 
 def _measure(
@@ -86,7 +81,7 @@ def _measure(
 ) -> dict[str, Any] | None:
     """Time, memory and error of one length; None if some rank has too little memory."""
     found: dict[str, Any] | None = None
-    with contextlib.suppress(torch.OutOfMemoryError):
+    with contextlib.suppress(torch.OutOfMemoryError, RingError):  # a peer's is a RingError here
         found = _Case(worker, job, attention, tokens, way).measure()
     if worker.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -126,6 +121,7 @@ class _Case:
         memory = torch.cuda.max_memory_allocated() if self.worker.device.type == "cuda" else 0
         shared = self._shared()
         return {
+            "tokens": self.plan.sequences.q_len,
             "ms": 1e3 * self._slowest(statistics.median(times)),
             "bytes": self._slowest(memory + shared),
             "error": error,
@@ -298,14 +294,25 @@ def main() -> None:
         options.turns,
         options.dtype,
     )
-    print("\n".join(HEADER), flush=True)
     device_type = "cuda" if gpus else "cpu"
-    rows = launch(measure, job, processes=options.ranks, device_type=device_type)[0]
+    columns = {
+        f"{name} {way}": launch(
+            measure, job, name, way, processes=options.ranks, device_type=device_type
+        )[0]
+        for name in ("dilated", "dense")
+        for way in ("forward", "both")
+    }
+    rows: dict[int, dict[str, Any]] = {}
+    for column, found in columns.items():
+        for one in found:
+            rows.setdefault(one["tokens"], {"tokens": one["tokens"]})[column] = one
+    table = [*HEADER, *(line(row, options.ranks) for row in rows.values())]
+    print("\n".join(table), flush=True)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         name = f"{datetime.date.today().isoformat()}-dilated"
-        (options.output / f"{name}.json").write_text(json.dumps(rows, indent=1))
-        picture(rows, options.ranks, options.output / f"{name}.png")
+        (options.output / f"{name}.json").write_text(json.dumps(list(rows.values()), indent=1))
+        picture(list(rows.values()), options.ranks, options.output / f"{name}.png")
         mask = "causal" if job.causal else "full"
         page = [
             f"# Dilated attention on {options.ranks} ranks, {mask}, {HEADS} heads of {HEAD_DIM}, "
@@ -316,8 +323,7 @@ def main() -> None:
             "",
             f"![time]({name}.png)",
             "",
-            *HEADER,
-            *(line(row, options.ranks) for row in rows),
+            *table,
             "",
         ]
         (options.output / f"{name}.md").write_text("\n".join(page))

@@ -83,7 +83,13 @@ class Sum:
             window = select(
                 grouped(self._state, self._kv_heads), place.rows, place.heads, place.batch
             )
-            window.add_(x.reshape(window.shape))
+            x = x.reshape(window.shape)
+            if pays(x):
+                from ring_core.fused import sum_into
+
+                sum_into(window, [window, x])
+            else:
+                window.add_(x)
 
     def settle(self) -> None:
         """Put together what waits: nothing that was added is read any more."""
@@ -140,8 +146,8 @@ class Sum:
                 sources.append(self._state[:, rows])
             if len(sources) > 1:
                 sum_into(target[:, rows], sources)
-            elif sources:  # a plain copy takes the processor less time to start
-                target[:, rows] = sources[0]
+            elif sources:
+                copy(target[:, rows], sources[0])
             else:
                 target[:, rows] = 0
         return target
@@ -235,6 +241,25 @@ class Merge:
             else:
                 out[:, rows], lse[:, :, rows] = 0, -torch.inf
         return out, lse
+
+
+def copy(target: Tensor, x: Tensor) -> None:
+    """Copy rows of heads [..., D], by the fused kernel where that pays."""
+    if pays(x):
+        from ring_core.fused import copy_into
+
+        copy_into(target, x)
+    else:
+        target.copy_(x)
+
+
+def pays(x: Tensor) -> bool:
+    """Whether the fused kernel moves ``x`` sooner than torch would."""
+    if not is_fused(x.device):
+        return False
+    from ring_core import fused
+
+    return x.numel() >= fused.MANY
 
 
 @cache

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ring_core.accumulation import Merge, Place, Sum
+from ring_core.accumulation import Merge, Place, Sum, copy, pays
 from ring_core.dropout import Dropout
 from ring_core.plan import ALL_HEADS, Tile
 from ring_core.program import Program
@@ -249,14 +250,28 @@ class _At:
         run = self.queries.run
         if run is not None:
             return _apart(x[:, run.start : run.stop], self.tile.q.repeat)
-        return _window(grouped(x, self._kv_heads), self.queries).flatten(0, 1).flatten(2, 4)
+        window = _window(grouped(x, self._kv_heads), self.queries)
+        return _shaped(window, (-1, self.tile.q.count, prod(window.shape[3:6]), x.shape[-1]))
 
     def kv(self, x: Tensor) -> Tensor:
         """The tile's key rows as a kernel takes them: [b*repeat, count, k, D]."""
         run = self.keys.run
         if run is not None:
             return _apart(x[:, run.start : run.stop], self.tile.kv.repeat)
-        return _window(x, self.keys).flatten(0, 1).flatten(2, 3)
+        window = _window(x, self.keys)
+        return _shaped(window, (-1, self.tile.kv.count, prod(window.shape[3:5]), x.shape[-1]))
+
+
+def _shaped(window: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A view of that shape; strided rows, of which there is none, are copied together."""
+    if not pays(window):
+        return window.reshape(shape)
+    try:
+        return window.view(shape)
+    except RuntimeError:
+        together = torch.empty(window.shape, dtype=window.dtype, device=window.device)
+        copy(together, window)
+        return together.view(shape)
 
 
 def _apart(x: Tensor, repeat: int) -> Tensor:

@@ -69,10 +69,12 @@ def interpret() -> None:
 
 def accumulate() -> None:
     """Accumulators through the kernel give what they give through the accumulation dtype."""
-    from ring_core import accumulation
+    from ring_core import accumulation, fused
     from ring_core.accumulation import Merge, Place, Sum
     from ring_core.plan import ALL_HEADS, Heads, Rows
+    from ring_core.rows import grouped, select
 
+    fused.MANY = 0
     runs = [(0, 12), (6, 6), (0, 6), (3, 5), (0, 12), (11, 1), (2, 9)]
     torch.manual_seed(0)
     q = torch.randn(2, 12, 4, 8)
@@ -94,8 +96,8 @@ def accumulate() -> None:
         for first in (0, 1, 7):  # the first may cover all rows, or leave some unseen
             chosen = tiles[first : first + count]
             found = {}
-            for fused in (False, True):
-                accumulation.is_fused = lambda device, fused=fused: fused
+            for with_it in (False, True):
+                accumulation.is_fused = lambda device, with_it=with_it: with_it
                 merged, total, settled = Merge(q, 8, 2), Sum.of(q, 2), Sum.of(q, 2)
                 for place, out, lse in chosen:
                     merged.add(place, out.clone(), lse.clone())
@@ -103,9 +105,15 @@ def accumulate() -> None:
                     settled.add(place, out.clone(), borrowed=True)
                     settled.settle()
                 block = total.rows(range(3, 5), torch.float32).clone()
-                found[fused] = (*merged.result(), total.result(), settled.result(), block)
+                found[with_it] = (*merged.result(), total.result(), settled.result(), block)
             for a, b in zip(found[False], found[True], strict=True):
                 assert torch.allclose(a, b, atol=1e-5), (count, first)
+    x = torch.randn(2, 12, 4, 8).to(torch.bfloat16)
+    for place in places:
+        window = select(grouped(x, 2), place.rows, place.heads, place.batch)
+        together = torch.empty(window.shape)
+        accumulation.copy(together, window)
+        assert torch.equal(together, window.float())
 
 
 def compile_for_a_gpu() -> None:
