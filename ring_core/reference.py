@@ -55,7 +55,7 @@ def dilated(
 ) -> Tensor:
     """How many branches of dilated attention let each query see each key, whatever the mask says.
 
-    LongNet (arXiv 2307.02486), section 2.2: branch (w, r) cuts each document into segments of w
+    LongNet (arXiv 2307.02486, section 2): branch (w, r) cuts each document into segments of w
     tokens, the last of which may be short; KV head h keeps the tokens whose index in the segment is
     ``h mod r`` modulo r; kept queries see kept keys of the same segment. In the softmax a key
     counts once for each branch: multiply a mask by this.

@@ -10,46 +10,9 @@ from torch import Tensor
 
 from ring_core.attention import BaseRingAttention
 from ring_core.layout import contiguous
-from ring_core.masks import CAUSAL, FULL, Mask
-from ring_core.plan import Heads, Plan, Rows, Tile
+from ring_core.masks import FULL, Mask
+from ring_core.plan import Plan, Rows, Tile
 from ring_core.sequences import Sequences
-
-
-@dataclass(frozen=True)
-class Dilated(Plan):
-    """Segments that lie whole in a shard; KV head h keeps rows ``h mod rate`` of each segment.
-
-    One batched tile per phase: strided rows, repeated over the segments of the shard.
-    """
-
-    segment: int
-    rate: int
-    causal: bool
-
-    def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
-        if rank != owner:
-            return ()
-        mask = CAUSAL if self.causal else FULL
-        segments = self.queries.size // self.segment
-        return [
-            Tile(rows, rows, mask, Heads(phase, self.rate))
-            for phase in range(self.rate)
-            for rows in [Rows(phase, self.segment // self.rate, self.rate, segments, self.segment)]
-        ]
-
-
-@dataclass(frozen=True)
-class StridedRing(Plan):
-    """One segment over all ranks: KV head h keeps every ``rate``-th row, of every rank's keys."""
-
-    rate: int
-
-    def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
-        return [
-            Tile(rows, rows, FULL, Heads(phase, self.rate))
-            for phase in range(self.rate)
-            for rows in [Rows(phase, self.queries.size // self.rate, self.rate)]
-        ]
 
 
 @dataclass(frozen=True)
@@ -96,14 +59,11 @@ class FirstCheckered(Plan):
 class Planned(BaseRingAttention):
     """An attention whose plan is chosen by name: the plan is all that differs."""
 
-    planner = "dilated"
+    planner = "checkered"
 
     def make_plan(self, sequences: Sequences, world: int) -> Plan:
         layout = contiguous(sequences.q_len, world)
         makers = {
-            "dilated": lambda: Dilated(layout, layout, segment=8, rate=4, causal=False),
-            "dilated causal": lambda: Dilated(layout, layout, segment=8, rate=4, causal=True),
-            "strided ring": lambda: StridedRing(layout, layout, rate=2),
             "block columns": lambda: BlockColumns(layout, layout, block=4),
             "checkered": lambda: Checkered(layout, layout),
             "first checkered": lambda: FirstCheckered(layout, layout),
@@ -118,13 +78,7 @@ def visible(planner: str, length: int, world: int, kv_heads: int) -> Tensor:
     for h in range(kv_heads):
         for i in range(length):
             for j in range(length):
-                if planner.startswith("dilated"):
-                    kept = i % 8 % 4 == j % 8 % 4 == h % 4
-                    same = i // 8 == j // 8
-                    seen[h, i, j] = kept and same and (j <= i or planner == "dilated")
-                elif planner == "strided ring":
-                    seen[h, i, j] = i % 2 == j % 2 == h % 2
-                elif planner == "block columns":
+                if planner == "block columns":
                     seen[h, i, j] = i % shard // 4 == j % shard // 4
                 elif planner == "first checkered" and i >= shard:
                     seen[h, i, j] = True

@@ -78,20 +78,20 @@ def test_a_quick_run_draws_and_tells(quick: tuple[str, str, Path]) -> None:
     assert "\x1b" not in out + err
 
 
-@pytest.mark.parametrize("segments", [("64", "128"), ("64", "512")])
-def test_dilated_runs_agree(segments: tuple[str, str], tmp_path: Path) -> None:
+def test_dilated_runs_agree(tmp_path: Path) -> None:
     """Segments within the two shards, and across them."""
-    words = ["--segment-lengths", *segments, "--dilation-rates", "1", "2", "--context", "512"]
-    command = [*COMMAND, "--steps", "3", *words, "--output", str(tmp_path)]
+    words = ["--segment-lengths", "64", "512", "--dilation-rates", "1", "2"]
+    sizes = ["--context", "512", "--steps", "2", "--processes", "2"]
+    command = [*COMMAND, *words, *sizes, "--output", str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "The two runs agree" in out
     assert "segment_lengths=[64, " in out.replace("\n", " ")
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["settings"]["fields"]["dilation_rates"] == [1, 2]
-    assert found["command"][-6:] == words[:6]
+    assert found["command"][-6:] == words
     assert found["agreement"]["largest_difference"] < 1e-4
-    sent = {one["attention_bytes_sent"] for one in found["sharded"]["ranks"]}
-    assert (sent == {0}) == (segments == ("64", "128"))
+    for rank in found["sharded"]["ranks"]:
+        assert rank["attention_bytes_sent"] == rank["attention_bytes_planned"] > 0
 
 
 def test_ctrl_c_ends_every_process_quietly(tmp_path: Path) -> None:

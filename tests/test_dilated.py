@@ -70,7 +70,7 @@ def test_the_second_head_starts_a_token_later():
 
 def branch_by_branch(q, k, v, segments, rates, causal):
     """LongNet's own way, one query at a time in plain Python: attention of each branch alone, and
-    the branches' outputs weighed by the denominators of their softmaxes (its equation 10)."""
+    the branches' outputs weighed by the denominators of their softmaxes."""
     length, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     out = []
     for i in range(length):

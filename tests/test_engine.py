@@ -19,9 +19,6 @@ from ring_core.testing.case import Result, expected_of, visible_of
 from ring_core.testing.tasks import build
 
 PLANNERS = (
-    "dilated",
-    "dilated causal",
-    "strided ring",
     "block columns",
     "checkered",
     "first checkered",
