@@ -1,8 +1,8 @@
 """What tiles give for rows of one shard, put together: attention is merged, gradients add.
 
 On a GPU tiles' results are kept as the kernel gave them, and a few of them are put together in one
-pass that writes the final dtype; see :mod:`ring_core.fused`. Elsewhere, and for tiles of strided or
-repeated rows or of some heads, each is put into a state of the accumulation dtype as it comes.
+pass that writes the final dtype; see :mod:`ring_core.fused`. Elsewhere, and for tiles of strided
+rows or of some heads, each is put into a state of the accumulation dtype as it comes.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ class Sum:
             found = [self._waiting[i] for i in members]
             if self._state is None and len(found) == 1 and found[0][1] is target:
                 continue  # it stands there already
+            if not found and self._state is target:
+                continue
             sources = [_rows(x, run, rows) for run, x, _ in found]
             if self._state is not None:
                 sources.append(self._state[:, rows])
@@ -231,6 +233,8 @@ class Merge:
             found = [self._waiting[i] for i in members]
             if self._state is None and len(found) == 1 and found[0][1] is out:
                 continue  # it stands there already
+            if not found and self._state is not None and self._state[0] is out:
+                continue
             outs = [_rows(x, run, rows) for run, x, _ in found]
             lses = [_rows(x.transpose(1, 2), run, rows) for run, _, x in found]
             if self._state is not None:

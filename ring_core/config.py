@@ -77,6 +77,13 @@ class RingAttentionConfig(BaseModel):
             raise ValueError("both sides count tokens and are >= 0; None leaves a side open")
         return window
 
+    @field_validator("segment_lengths", "dilation_rates", mode="before")
+    @classmethod
+    def _in_order(cls, numbers: Any) -> Any:
+        if isinstance(numbers, (set, frozenset)):
+            raise ValueError("a set has no order, and entry i belongs to entry i: give a list")
+        return numbers
+
     @field_validator("segment_lengths", "dilation_rates")
     @classmethod
     def _positive(cls, numbers: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -97,9 +97,10 @@ def backward(
         need_kv: False where keys and values are frozen on every rank: nothing goes home.
     """
     if dlse is not None:
-        # dS = P * (dout.v - dout.out + dlse): one more column, v = 1, dout = dlse, out = 0.
+        # dS = P * (dout.v - dout.out + dlse): one more column, dout = dlse, out = -1, v = 0. Not by
+        # way of v: dropout drops what comes from there, and lse is what it is before that.
         dout = torch.cat([dout, dlse.to(dout.dtype).transpose(1, 2).unsqueeze(-1)], dim=-1)
-        out = F.pad(out, (0, 1))
+        out = F.pad(out, (0, 1), value=-1.0)
     kv_heads = k.shape[2]
     dq, dk, dv = (Sum.of(x, kv_heads) for x in (q, k, v))
     homeward: _Homeward | None = None
@@ -114,7 +115,7 @@ def backward(
                     at.q(dout),
                     at.q(q),
                     at.kv(keys[tile.block]),
-                    value if dlse is None else F.pad(value, (0, 1), value=1.0),
+                    value if dlse is None else F.pad(value, (0, 1)),
                     at.q(out),
                     at.q(lse.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2),
                     tile.mask,

@@ -77,6 +77,7 @@ def _launch(
 
 def _indexed(sizes: Sequence[int], first: int) -> tuple[int, ...]:
     """Sizes or strides of up to six dimensions as those of six; ``first`` where none is."""
+    assert len(sizes) <= 6
     return (first,) * (6 - len(sizes)) + tuple(sizes)
 
 
@@ -96,11 +97,11 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     WIDE: tl.constexpr,
     N: tl.constexpr,
     MERGE: tl.constexpr,
-    MANY: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
     PAIRS: tl.constexpr,
     D: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64 if MANY else tl.int32) * PAIRS
+    first = tl.program_id(0).to(tl.int64 if WIDE_INDEX else tl.int32) * PAIRS
     pair = first + tl.arange(0, PAIRS)
     inside = pair < pairs
     column = tl.arange(0, D)

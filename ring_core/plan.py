@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 from ring_core.layout import Layout
 from ring_core.masks import Mask
@@ -96,11 +97,6 @@ class Heads:
         """How many of ``kv_heads`` these are; in plans :class:`ForHeads` a multiple of phases."""
         return sum(len(range(self.start + p, kv_heads, self.step)) for p in range(self.phases))
 
-    @property
-    def share(self) -> Fraction:
-        """Of all KV heads, where those are a multiple of the step."""
-        return Fraction(self.phases, self.step)
-
     def only(self, phases: range) -> Heads:
         """Some neighbouring ones of the phases."""
         return replace(self, start=self.start + phases.start, phases=len(phases))
@@ -156,6 +152,10 @@ class Plan(ABC):
         tiles as it counts in the softmax; tiles that see nothing are left out.
         """
 
+    def for_heads(self, kv_heads: int) -> Plan:
+        """The plan where there are so many KV heads: it may leave out tiles of heads beyond."""
+        return self
+
     @property
     def masks(self) -> frozenset[type[Mask]]:
         """The kinds of mask that any rank's tiles have: all ranks choose one kernel by them.
@@ -167,12 +167,18 @@ class Plan(ABC):
             type(t.mask) for r in ranks for owner in ranks for t in self.tiles(r, owner)
         )
 
+    def share(self, heads: Heads) -> Fraction:
+        """Of all KV heads; of as many as there are phases, where a plan knows no number."""
+        return Fraction(heads.phases, heads.step)
+
     def work(self, rank: int, batch: int = 1) -> Fraction:
-        """Visible pairs that ``rank`` computes, summed over ``batch`` batch rows, per head: the
-        mean over KV heads, as many as there are phases."""
+        """Visible pairs that ``rank`` computes, summed over ``batch`` batch rows: the mean over
+        heads."""
         return sum(
             (
-                tile.pairs * (batch if tile.batch is None else len(tile.batch)) * tile.heads.share
+                tile.pairs
+                * (batch if tile.batch is None else len(tile.batch))
+                * self.share(tile.heads)
                 for owner in range(self.world)
                 for tile in self.tiles(rank, owner)
             ),
@@ -200,11 +206,24 @@ class ForHeads(Plan):
     @staticmethod
     def of(plan: Plan, kv_heads: int, apart: bool = False) -> ForHeads:
         """``plan`` for so many KV heads."""
-        return ForHeads(plan.queries, plan.keys, plan, kv_heads, apart)
+        if isinstance(plan, ForHeads):
+            plan = plan.whole
+        return ForHeads(plan.queries, plan.keys, plan.for_heads(kv_heads), kv_heads, apart)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: a plan of many documents is a key of several caches."""
+        return hash((self.whole, self.kv_heads, self.apart))
 
     @property
     def masks(self) -> frozenset[type[Mask]]:
         return self.whole.masks
+
+    def share(self, heads: Heads) -> Fraction:
+        return Fraction(heads.count(self.kv_heads), self.kv_heads)
 
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         return [

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ring_core.masks import FULL, Band
-from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Tile
+from ring_core.plan import ALL_HEADS, ForHeads, Heads, Plan, Rows, Tile
 from ring_core.tiling import hull, merge_tiles
 
 _WAITING = 4
@@ -102,8 +102,8 @@ def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[R
     """
     groups = _offsets(plan, shards)
     gather = _waited_for if waits and len(groups) == 1 else _gathered
-    own = gather(plan, rank, groups[0]).own if groups else plan.tiles(rank, rank)
-    done = [Round(0, 0, (), (), tuple(own))]
+    own = gather(plan, rank, groups[0]).own if groups else _tiles(plan, rank, rank)
+    done = [Round(0, 0, (), (), own)]
     for offsets in groups:
         mine = gather(plan, rank, offsets)
         steps = []
@@ -129,6 +129,7 @@ def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[R
 
 def elements_fetched(plan: Plan, rank: int, kv_heads: int) -> int:
     """(Row, KV head) pairs that ``rank`` gets in one forward; their gradients go back."""
+    plan = ForHeads.of(plan, kv_heads)
     return sum(
         len(part.rows) * part.heads.count(kv_heads)
         for t in range(1, plan.world)
@@ -141,6 +142,7 @@ def elements_sent(plan: Plan, rank: int, kv_heads: int) -> int:
 
     Times ``(D + Dv) * batch * itemsize`` this is the bytes that a communicator counts.
     """
+    plan = ForHeads.of(plan, kv_heads)
     return sum(
         len(part.rows) * part.heads.count(kv_heads)
         for t in range(1, plan.world)
@@ -186,7 +188,7 @@ def _sizes(
 def _rows(plan: Plan, rank: int, t: int) -> float:
     """Rows that ``rank`` fetches at offset t, as if of all heads."""
     parts = _gathered(plan, rank, (t,)).parts[0]
-    return float(sum(len(part.rows) * part.heads.share for part in parts))
+    return float(sum(len(part.rows) * plan.share(part.heads) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _gathered(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
         _Read(tile, place, source)
         for place, t in enumerate(offsets)
         for source in [(rank - t) % plan.world]
-        for tile in plan.tiles(rank, source)
+        for tile in _tiles(plan, rank, source)
     ]
     parts: list[list[Part]] = [[] for _ in offsets]
     blocks: list[Block] = []
@@ -236,8 +238,13 @@ def _gathered(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
         found = [replace(read.tile, kv=kv, block=len(blocks)) for read, kv in placed]
         tiles += merge_tiles(found) if len(offsets) > 1 else found
         blocks.append(Block(heads, tuple(members), row))
-    own = tuple(plan.tiles(rank, rank))
+    own = _tiles(plan, rank, rank)
     return _Gathered(offsets, tuple(map(tuple, parts)), tuple(blocks), tuple(tiles), own)
+
+
+@lru_cache(maxsize=1024)
+def _tiles(plan: Plan, rank: int, owner: int) -> tuple[Tile, ...]:
+    return tuple(plan.tiles(rank, owner))
 
 
 @lru_cache(maxsize=1024)
@@ -291,7 +298,7 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
 
     Rows that the same queries see stand together, by owner. Rows of one lattice (all unit-step
     rows, say) that overlap, or that touch and stay neighbours in that order, are one piece;
-    repeated rows are pieces as they are.
+    repeated rows are pieces as they are, once for each tile that names others.
     """
     pieces: list[tuple[int, Rows, list[_Read]]] = []
     alike: dict[tuple[int, tuple[int, int, int]], list[_Read]] = {}

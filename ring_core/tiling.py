@@ -94,16 +94,11 @@ def band_tile(
     return Tile(q.rows(seeing), kv.rows(seen), mask)
 
 
-def visible_pairs(rows: range, documents: Iterable[Document], band: Band, batch: int) -> int:
-    """Visible pairs of a unit-step run of queries with all keys, over ``batch`` batch rows."""
-    pairs = 0
-    for document in documents:
-        inside = common(rows, document.q)
-        if inside:
-            corner = document.kv.start - inside.start - document.shift
-            seen = _shifted(band, -corner).count(len(inside), len(document.kv))
-            pairs += seen * (batch if document.batch is None else len(document.batch))
-    return pairs
+def visible_pairs(rows: range, document: Document, band: Band) -> int:
+    """Visible pairs of a unit-step run of queries with all keys of a document, in one batch row."""
+    inside = common(rows, document.q)
+    corner = document.kv.start - inside.start - document.shift
+    return _shifted(band, -corner).count(len(inside), len(document.kv)) if inside else 0
 
 
 def merge_tiles(tiles: Iterable[Tile]) -> list[Tile]:

@@ -112,11 +112,11 @@ def test_a_pickled_group_that_is_gone_is_named() -> None:
 
 
 def dropped(worker: Worker, case: Case) -> list[torch.Tensor]:
-    attention, plan, (q, k, v, dout, _) = build(worker, case)
+    attention, plan, (q, k, v, dout, dlse) = build(worker, case)
     torch.manual_seed(5)  # alike on every rank, as the field's description asks
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, plan=plan)
-    out.backward(dout)
+    out, lse = attention(*leaves, plan=plan, return_lse=True)
+    torch.autograd.backward((out, lse), (dout, dlse))
     return [
         plan.unshard(out.detach()),
         *(plan.unshard(x.grad, kv=i > 0) for i, x in enumerate(leaves)),
@@ -134,14 +134,14 @@ def dropped(worker: Worker, case: Case) -> list[torch.Tensor]:
 )
 def test_dropout_is_the_references_at_every_world_size(cpu_pool: RankPool, sizes, fields) -> None:
     """Forward and backward use one mask, a function of global indices and the call's seed: a key
-    that counts in two branches is dropped in both."""
+    that counts in two branches is dropped in both. lse is what it is without dropout."""
     fields = {"causal": True, "dropout": 0.3, **fields}
     case = Case(fields=fields, batch=2, value_dim=5, **sizes)
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
-    q, k, v, dout, _ = case.tensors()
+    q, k, v, dout, dlse = case.tensors()
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    right = reference.attention(*leaves, visible_of(case), dropout=0.3, seed=seed)[0]
-    expected = [right.detach(), *torch.autograd.grad(right, leaves, dout)]
+    right = reference.attention(*leaves, visible_of(case), dropout=0.3, seed=seed)
+    expected = [right[0].detach(), *torch.autograd.grad(right, leaves, (dout, dlse))]
     for world in (1, 2, 3, 8):
         for found, wanted in zip(
             cpu_pool.run(dropped, case, world=world)[0], expected, strict=True

@@ -99,6 +99,11 @@ def test_a_bad_field_is_named(base_registry, fields, text, via):
     assert isinstance(caught.value, RingError)
 
 
+def test_branches_in_no_order_are_refused():
+    with pytest.raises(ConfigError, match=r"segment_lengths[\s\S]*a set has no order"):
+        RingAttentionConfig(segment_lengths={4096, 100}, dilation_rates=[1, 2])
+
+
 def test_yaml_must_be_a_mapping():
     with pytest.raises(ConfigError, match="expected a mapping"):
         RingAttentionConfig.from_yaml("- 1\n- 2\n")

@@ -10,7 +10,7 @@ import torch
 
 from ring_core import reference, registry
 from ring_core.errors import InputError
-from ring_core.rounds import elements_sent, rounds
+from ring_core.rounds import elements_fetched, elements_sent, rounds
 from ring_core.testing import Case, Conformance, RankPool, Worker
 from ring_core.testing.case import run_case
 from ring_core.testing.tasks import build
@@ -123,21 +123,16 @@ def test_branches_weighed_by_their_denominators(segments, rates, causal):
 # What moves
 
 
-def bytes_sent(worker: Worker, fields: dict, seq_len: int) -> tuple[int, int]:
+def bytes_sent(worker: Worker, fields: dict, seq_len: int, kv_heads: int = 4) -> tuple[int, int]:
     """What a forward and backward sent, and what the plan says."""
-    case = Case(fields=fields, seq_len=seq_len, heads=8, kv_heads=4)
+    case = Case(fields=fields, seq_len=seq_len, heads=2 * kv_heads, kv_heads=kv_heads)
     attention, plan, (q, k, v, dout, _) = build(worker, case)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attention(*leaves, plan=plan).backward(dout)
     sent = attention.communicator(plan).counters.bytes_sent
-    theirs = elements_sent(plan.plan, plan.rank, 4)
-    mine = sum(
-        len(part.rows) * part.heads.count(4)
-        for one in rounds(plan.plan, plan.rank, 1)
-        for step in one.steps
-        for part in step.parts
-    )
-    return sent, (2 * theirs + mine) * (8 + 8) * 8
+    keys = elements_sent(plan.plan, plan.rank, kv_heads)
+    gradients = elements_fetched(plan.plan, plan.rank, kv_heads)
+    return sent, (2 * keys + gradients) * (8 + 8) * 8
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -159,6 +154,18 @@ def test_a_branch_sends_its_share_of_dense(cpu_pool: RankPool, segment, layout, 
     assert sent[1] > 0
     assert sent[2] * 2 <= sent[1]
     assert sent[4] * 4 <= sent[1]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_branches_of_one_rate_share_what_travels(cpu_pool: RankPool, kv_heads, dropout):
+    """Segments of 45 end within a shard: their phases lie unlike those of the longer ones."""
+    fields = {"segment_lengths": [64, 45], "dilation_rates": [2, 2], "layout": "contiguous"}
+    found = cpu_pool.run(bytes_sent, {**fields, "dropout": dropout}, 64, kv_heads, world=2)
+    assert all(counted == planned for counted, planned in found)
+    plan = registry.create("standard", **fields).make_plan(_sequences(64), 2)
+    for rank in range(2):
+        assert elements_sent(plan, rank, kv_heads) == 16 * kv_heads
 
 
 def test_segments_within_a_shard_need_no_communication(cpu_pool: RankPool):

@@ -140,7 +140,7 @@ def compile_for_a_gpu() -> None:
             sizes=("i32",) * 6,
             lses_strides=(("i64",) * 6,) * n,
         )
-        constants = {"WIDE": tl.float32, "N": n, "MERGE": merge, "MANY": merge}
+        constants = {"WIDE": tl.float32, "N": n, "MERGE": merge, "WIDE_INDEX": merge}
         constants.update(PAIRS=16, D=128)
         signature.update(dict.fromkeys(constants, "constexpr"))
         source = ASTSource(

@@ -11,7 +11,7 @@ from ring_attention_standard.kernels.cpu_flash import CpuFlash
 from ring_attention_standard.kernels.cuda_flash import CudaFlash
 from ring_attention_standard.kernels.cudnn import Cudnn
 from ring_attention_standard.kernels.flash4 import Flash4
-from ring_attention_standard.planner import plan_branches
+from ring_attention_standard.planner import _work, plan_branches
 
 from ring_core import reference
 from ring_core.layout import contiguous, striped, zigzag
@@ -181,7 +181,7 @@ def test_every_send_has_its_receive_and_fits_in_one_shard(asked):
                 if step.give:
                     assert each[step.requester][index].steps[0].parts == step.give
                 branches = len(config.segment_lengths or [1])
-                rows = sum(len(part.rows) * part.heads.share for part in step.parts)
+                rows = sum(len(part.rows) * plan.share(part.heads) for part in step.parts)
                 assert rows <= branches * plan.keys.size
 
 
@@ -221,7 +221,7 @@ KV_HEADS = 3
 
 def _held(one):
     """Rows of all blocks of a round, as if of all heads."""
-    return sum(block.rows * block.heads.share for block in one.blocks)
+    return sum(block.rows * block.heads.count(KV_HEADS) / KV_HEADS for block in one.blocks)
 
 
 @given(
@@ -311,6 +311,28 @@ def test_packed_causal_documents_are_balanced(world, documents):
     balanced = plan_branches(StandardConfig(causal=True), sequences, world)
     naive = plan_branches(StandardConfig(causal=True, layout="contiguous"), sequences, world)
     assert balanced.imbalance() <= max(1.25, naive.imbalance())
+
+
+@pytest.mark.parametrize("lengths", [[4096] + [300] * 30, [4096] * 3 + [2000] * 9, [1000, 4096]])
+def test_padded_causal_batches_are_balanced(lengths):
+    sequences = Sequences.build(max(lengths), lengths=lengths)
+    plan = plan_branches(StandardConfig(causal=True), sequences, 8)
+    assert plan.imbalance(sequences.batch) <= 1.05
+
+
+@given(planned(8))
+def test_layouts_are_chosen_by_what_plans_compute(asked):
+    """The work of a rank's runs, as far as it is counted for the mean of all phases."""
+    config, arguments, world = asked
+    sequences = Sequences.build(**arguments)
+    plan = plan_branches(config, sequences, world)
+    if config.layout == "striped" or max(config.dilation_rates or [1]) > 1:
+        return
+    for rank in range(world):
+        counted = sum(
+            _work(run, sequences, plan.band, plan.branches) for run in plan.queries.rows[rank]
+        )
+        assert counted == plan.work(rank, sequences.batch)
 
 
 def test_a_billion_tokens_are_planned_in_closed_form():

@@ -54,15 +54,15 @@ class Branch:
                 yield _repeated(tile, repeat, period * self.segment, q, kv)
 
     def pairs(self, rows: range, document: Document, band: Band) -> int:
-        """Pairs that unit-step queries see, in dense segments: of all of them a KV head keeps one
-        in ``rate`` squared."""
+        """Pairs of one batch row that unit-step queries see if the rate is 1; at another one a KV
+        head keeps one in ``rate`` squared of them."""
         if self.segment is None:
-            return visible_pairs(rows, [document], band, 1)
+            return visible_pairs(rows, document, band)
         touched, inside = self._touched(document, rows), self._inside(document, rows, rows)
         edges = [n for n in (*touched[:1], *touched[-1:]) if n not in inside]
         segments = [self._segment(document, n) for n in dict.fromkeys(edges)]
         pairs = len(inside) * band.count(self.segment, self.segment)
-        return pairs + visible_pairs(rows, [Document(one, one) for one in segments], band, 1)
+        return pairs + sum(visible_pairs(rows, Document(one, one), band) for one in segments)
 
     def _one(
         self, document: Document, phase: int, n: int, q: Run, kv: Run, band: Band

@@ -28,6 +28,11 @@ class BranchPlan(Plan):
     documents: tuple[Document, ...]
     band: Band
     branches: tuple[Branch, ...]
+    kv_heads: int | None = None
+    """Of phases that no KV head has there are no tiles; None: any number."""
+
+    def for_heads(self, kv_heads: int) -> BranchPlan:
+        return replace(self, kv_heads=kv_heads)
 
     @property
     def masks(self) -> frozenset[type[Mask]]:
@@ -35,24 +40,34 @@ class BranchPlan(Plan):
 
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         pairs = list(self._pairs(rank, owner))
-        found: list[Tile] = []
+        apart: dict[int, list[Tile]] = {}
+        joined: dict[int, list[Tile]] = {}
         for branch in self.branches:
             met = [pair for pair in pairs if branch.meets(*pair)]
             tiles = [
                 tile
-                for phase in range(branch.rate if met else 0)
+                for phase in range(self._phases(branch) if met else 0)
                 for tile in merge_tiles(
                     replace(tile, heads=Heads(phase, branch.rate), batch=document.batch)
                     for document, q, kv in met
                     for tile in branch.tiles(document, phase, q, kv, self.band)
                 )
             ]
-            joined = join_phases(tiles)
+            apart.setdefault(branch.rate, []).extend(tiles)
+            joined.setdefault(branch.rate, []).extend(join_phases(tiles))
+        found: list[Tile] = []
+        for rate, tiles in joined.items():
             # Rows of other ranks are asked for by heads: some of them twice, if tiles that read the
             # same ones named different heads.
-            alike = rank == owner or all(one.heads.phases == branch.rate for one in joined)
-            found += joined if alike else tiles
+            phases = min(rate, self.kv_heads or rate)
+            alike = rank == owner or all(tile.heads.phases == phases for tile in tiles)
+            found += tiles if alike else apart[rate]
         return found
+
+    def _phases(self, branch: Branch) -> int:
+        """How many phases keep a token that some KV head has."""
+        longest = max((len(document.q) for document in self.documents), default=0)
+        return min(branch.rate, self.kv_heads or branch.rate, branch.segment or longest, longest)
 
     def _pairs(self, rank: int, owner: int) -> Iterator[tuple[Document, Run, Run]]:
         """Each document with the runs of both ranks that hold some of it."""

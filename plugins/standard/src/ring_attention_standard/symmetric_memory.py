@@ -17,6 +17,7 @@ from torch import Tensor
 from ring_attention_standard.meeting import compare
 from ring_attention_standard.region import Region
 from ring_attention_standard.signals import LARGEST
+from ring_core.accumulation import copy
 from ring_core.communication import RingCommunicationMixin
 from ring_core.groups import rank_and_world
 from ring_core.plan import ALL_HEADS
@@ -85,15 +86,16 @@ class SymmetricMemory(RingCommunicationMixin):
         if way.within:
             region.catch_up(device)  # earlier calls may have come on another stream
             for put in way.within:
-                put.start(tensors)
+                put.start(put.source(tensors))
+        sources = [put.source(tensors) for put in way.across]  # strided rows take SMs too
         with region.turn(device):
             region.barrier("free", self.timeout)
-            for put in way.across:
-                put.start(tensors)
+            for put, source in zip(way.across, sources, strict=True):
+                put.start(source)
             region.barrier("keys", self.timeout)
             mark = region.mark()
         self._count(way)
-        return _Transfer(region, mark, way.received, kept=memory.memory)
+        return _Transfer(region, mark, way.received, kept=(sources, memory.memory))
 
     def give_back(
         self,
@@ -108,7 +110,7 @@ class SymmetricMemory(RingCommunicationMixin):
         flat = [x for step in gradients for part in step for x in part]
         with region.turn(like[0].device):
             for put in way.across:
-                put.start(flat)
+                put.start(put.source(flat))
             turn = "odd" if one.number % 2 else "even"
             region.barrier(f"gradients of {turn} rounds", self.timeout)
             mark = region.mark()
@@ -219,28 +221,28 @@ class _Put:
 
     def __init__(self, which: int, there: Tensor, part: Part | None = None) -> None:
         self._which, self._part = which, part
+        self._shape, self._there = there.shape, there.unbind(0)
         self._run: slice | None = slice(None)
         if part is not None:
-            rows, whole = part.rows, part.heads == ALL_HEADS
-            self._run = None
-            if rows.is_run and whole:
-                self._run = slice(rows.start, rows.start + rows.count)
-            else:
-                there = there.unflatten(2, (-1, part.heads.phases))
-                there = there.unflatten(1, (rows.repeat, rows.count))
-        self._there = there.unbind(0)
+            rows = part.rows
+            plain = rows.is_run and part.heads == ALL_HEADS
+            self._run = slice(rows.start, rows.start + rows.count) if plain else None
 
-    def start(self, tensors: Sequence[Tensor]) -> None:
-        """On the current stream."""
+    def source(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows [B, rows, heads, D]; strided ones are copied together on the current stream."""
         x = tensors[self._which]
-        if self._run is None:
-            assert self._part is not None
-            x = select(x, self._part.rows, self._part.heads)
-            for b, there in enumerate(self._there):
-                there.copy_(x[b])
-        else:
-            for b, there in enumerate(self._there):
-                there.copy_(x[b, self._run])
+        if self._run is not None:
+            return x[:, self._run]
+        assert self._part is not None
+        window = select(x, self._part.rows, self._part.heads)
+        together = torch.empty(self._shape, dtype=x.dtype, device=x.device)
+        copy(together.view(window.shape), window)
+        return together
+
+    def start(self, source: Tensor) -> None:
+        """On the current stream."""
+        for b, there in enumerate(self._there):
+            there.copy_(source[b])
 
 
 @dataclass
