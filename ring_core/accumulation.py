@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ring_core import copying
 from ring_core.plan import ALL_HEADS, Heads, Rows
 from ring_core.rows import grouped, select
 from ring_core.softmax import accumulation_dtype, merge_
@@ -70,7 +70,7 @@ class Sum:
         run = place.run
         if run is not None:
             x = x.reshape(self._shape[0], len(run), *x.shape[2:])
-        if run is not None and is_fused(x.device):
+        if run is not None and copying.is_fused(x.device):
             self._waiting.append((run, x, borrowed))
             if _too_many(tuple(one for one, _, _ in self._waiting), self._shape[1]):
                 self.settle()
@@ -84,7 +84,7 @@ class Sum:
                 grouped(self._state, self._kv_heads), place.rows, place.heads, place.batch
             )
             x = x.reshape(window.shape)
-            if pays(x):
+            if copying.pays(x):
                 from ring_core.fused import sum_into
 
                 sum_into(window, [window, x])
@@ -149,7 +149,7 @@ class Sum:
             if len(sources) > 1:
                 sum_into(target[:, rows], sources)
             elif sources:
-                copy(target[:, rows], sources[0])
+                copying.copy(target[:, rows], sources[0])
             else:
                 target[:, rows] = 0
         return target
@@ -172,7 +172,7 @@ class Merge:
             out: [b*repeat, count, k*G, Dv], lse: [b*repeat, k*G, count], as a kernel gives them.
         """
         run = place.run
-        if run is not None and is_fused(out.device):
+        if run is not None and copying.is_fused(out.device):
             batch = self._shape[0]
             lse = torch.unflatten(lse, 0, (batch, -1)).transpose(1, 2).flatten(2)
             self._waiting.append((run, out.reshape(batch, len(run), *out.shape[2:]), lse))
@@ -187,7 +187,7 @@ class Merge:
         target = select(state_out, place.rows, place.heads, place.batch)
         target_lse = select(state_lse, place.rows, place.heads, place.batch)
         out, lse = (_like(x, target) for x in _beside(out, lse))
-        if is_fused(out.device):
+        if copying.is_fused(out.device):
             from ring_core.fused import merge_into
 
             pair = [target, out], [target_lse.squeeze(-1), lse.squeeze(-1)]
@@ -245,31 +245,6 @@ class Merge:
             else:
                 out[:, rows], lse[:, :, rows] = 0, -torch.inf
         return out, lse
-
-
-def copy(target: Tensor, x: Tensor) -> None:
-    """Copy rows of heads [..., D], by the fused kernel where that pays."""
-    if pays(x):
-        from ring_core.fused import copy_into
-
-        copy_into(target, x)
-    else:
-        target.copy_(x)
-
-
-def pays(x: Tensor) -> bool:
-    """Whether the fused kernel moves ``x`` sooner than torch would."""
-    if not is_fused(x.device):
-        return False
-    from ring_core import fused
-
-    return x.numel() >= fused.MANY
-
-
-@cache
-def is_fused(device: torch.device) -> bool:
-    """Whether tiles on ``device`` are put together by :mod:`ring_core.fused`."""
-    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1024)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ring_core.accumulation import Merge, Place, Sum, copy, pays
+from ring_core.accumulation import Merge, Place, Sum
+from ring_core.copying import shaped
 from ring_core.dropout import Dropout
 from ring_core.plan import ALL_HEADS, Tile
 from ring_core.program import Program
@@ -252,7 +253,7 @@ class _At:
         if run is not None:
             return _apart(x[:, run.start : run.stop], self.tile.q.repeat)
         window = _window(grouped(x, self._kv_heads), self.queries)
-        return _shaped(window, (-1, self.tile.q.count, prod(window.shape[3:6]), x.shape[-1]))
+        return shaped(window, (-1, self.tile.q.count, prod(window.shape[3:6]), x.shape[-1]))
 
     def kv(self, x: Tensor) -> Tensor:
         """The tile's key rows as a kernel takes them: [b*repeat, count, k, D]."""
@@ -260,19 +261,7 @@ class _At:
         if run is not None:
             return _apart(x[:, run.start : run.stop], self.tile.kv.repeat)
         window = _window(x, self.keys)
-        return _shaped(window, (-1, self.tile.kv.count, prod(window.shape[3:5]), x.shape[-1]))
-
-
-def _shaped(window: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A view of that shape; strided rows, of which there is none, are copied together."""
-    if not pays(window):
-        return window.reshape(shape)
-    try:
-        return window.view(shape)
-    except RuntimeError:
-        together = torch.empty(window.shape, dtype=window.dtype, device=window.device)
-        copy(together, window)
-        return together.view(shape)
+        return shaped(window, (-1, self.tile.kv.count, prod(window.shape[3:5]), x.shape[-1]))
 
 
 def _apart(x: Tensor, repeat: int) -> Tensor:

@@ -95,7 +95,8 @@ class Heads:
 
     def count(self, kv_heads: int) -> int:
         """How many of ``kv_heads`` these are; in plans :class:`ForHeads` a multiple of phases."""
-        return sum(len(range(self.start + p, kv_heads, self.step)) for p in range(self.phases))
+        groups, rest = divmod(max(0, kv_heads - self.start), self.step)
+        return groups * self.phases + min(rest, self.phases)
 
     def only(self, phases: range) -> Heads:
         """Some neighbouring ones of the phases."""

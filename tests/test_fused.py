@@ -69,7 +69,7 @@ def interpret() -> None:
 
 def accumulate() -> None:
     """Accumulators through the kernel give what they give through the accumulation dtype."""
-    from ring_core import accumulation, fused
+    from ring_core import copying, fused
     from ring_core.accumulation import Merge, Place, Sum
     from ring_core.plan import ALL_HEADS, Heads, Rows
     from ring_core.rows import grouped, select
@@ -97,7 +97,7 @@ def accumulate() -> None:
             chosen = tiles[first : first + count]
             found = {}
             for with_it in (False, True):
-                accumulation.is_fused = lambda device, with_it=with_it: with_it
+                copying.is_fused = lambda device, with_it=with_it: with_it
                 merged, total, settled = Merge(q, 8, 2), Sum.of(q, 2), Sum.of(q, 2)
                 for place, out, lse in chosen:
                     merged.add(place, out.clone(), lse.clone())
@@ -112,7 +112,7 @@ def accumulate() -> None:
     for place in places:
         window = select(grouped(x, 2), place.rows, place.heads, place.batch)
         together = torch.empty(window.shape)
-        accumulation.copy(together, window)
+        copying.copy(together, window)
         assert torch.equal(together, window.float())
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ring_attention_standard.meeting import compare
 from ring_attention_standard.region import Region
 from ring_attention_standard.signals import LARGEST
-from ring_core.accumulation import copy
 from ring_core.communication import RingCommunicationMixin
+from ring_core.copying import shaped
 from ring_core.groups import rank_and_world
 from ring_core.plan import ALL_HEADS
 from ring_core.protocols import Pending
@@ -235,9 +235,7 @@ class _Put:
             return x[:, self._run]
         assert self._part is not None
         window = select(x, self._part.rows, self._part.heads)
-        together = torch.empty(self._shape, dtype=x.dtype, device=x.device)
-        copy(together.view(window.shape), window)
-        return together
+        return shaped(window, self._shape).contiguous()  # a view may be strided still
 
     def start(self, source: Tensor) -> None:
         """On the current stream."""
