@@ -248,7 +248,7 @@ def test_rounds_of_several_steps_equal_the_reference(
             {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
             {"seq_len": 13, "kv_len": 40},
         ):
-            if "segment_lengths" in fields and "kv_len" in sizes:
+            if "segment_lengths" in fields and sizes.keys() & {"kv_len", "lengths"}:
                 continue
             case = Case(fields=fields, **sizes)
             result = cpu_pool.run(run_in_rounds, case, shards, kernel, world=world)[0]

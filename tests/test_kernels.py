@@ -146,7 +146,8 @@ def test_several_tiles_in_one_call(kernel, device, name):
     tiles = [
         Tile(Rows(q, nq), Rows(kv, nk), Band(None, hi)) for q, nq, kv, nk, hi in DIAGONALS[name]
     ]
-    for batch in (2, 4):  # fewer batch rows than pieces, and more
+    # Fewer batch rows than pieces, and more, which is all one to kernels that join nothing.
+    for batch in (2, 4) if device == "cuda" else (1,):
         _compare_tiles(kernel, device, tiles, 64, 64, batch)
     if kernel.name in ("flash", "flash4") and name in ("gaps", "rectangles"):
         assert len(kernel.lower(tiles)) == 1
