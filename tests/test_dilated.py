@@ -22,12 +22,16 @@ class TestDilated(Conformance):
         # Segments within shards and across them, rates that divide them.
         {"segment_lengths": [4, 16], "dilation_rates": [1, 2], "causal": True},
         # Rates that divide nothing, longer than the sequence; some rows are in no branch.
-        {"segment_lengths": [7, 1000], "dilation_rates": [2, 3]},
+        {"segment_lengths": [7, 1000], "dilation_rates": [2, 3], "layout": "zigzag"},
         # The same rate twice: pairs that count twice, for the same heads.
         {"segment_lengths": [9, 24, 13], "dilation_rates": [2, 2, 5], "causal": True},
-        {"segment_lengths": [16, 40], "dilation_rates": [1, 3], "window": (9, 4)},
+        {
+            "segment_lengths": [16, 40],
+            "dilation_rates": [1, 3],
+            "window": (9, 4),
+            "layout": "striped",
+        },
     )
-    layouts = ("auto", "zigzag")  # stripes: tests of plans and of rounds
     sequences: ClassVar = {
         name: Conformance.sequences[name]
         for name in ("odd", "batch", "many queries per key", "packed", "packed batch", "padded")
