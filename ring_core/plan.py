@@ -40,7 +40,7 @@ class Rows:
     @property
     def is_run(self) -> bool:
         """Whether these are neighbouring rows of all heads: a unit step, and no repetition."""
-        return self.repeat == 1 and (self.step == 1 or self.count == 1) and not self.slant
+        return self.repeat == 1 and self.span is not None
 
     @property
     def lattice(self) -> tuple[int, int, int]:

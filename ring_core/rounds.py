@@ -130,11 +130,7 @@ def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[R
 def elements_fetched(plan: Plan, rank: int, kv_heads: int) -> int:
     """(Row, KV head) pairs that ``rank`` gets in one forward; their gradients go back."""
     plan = ForHeads.of(plan, kv_heads)
-    return sum(
-        len(part.rows) * part.heads.count(kv_heads)
-        for t in range(1, plan.world)
-        for part in _gathered(plan, rank, (t,)).parts[0]
-    )
+    return sum(_elements(plan, rank, t) for t in range(1, plan.world))
 
 
 def elements_sent(plan: Plan, rank: int, kv_heads: int) -> int:
@@ -143,11 +139,13 @@ def elements_sent(plan: Plan, rank: int, kv_heads: int) -> int:
     Times ``(D + Dv) * batch * itemsize`` this is the bytes that a communicator counts.
     """
     plan = ForHeads.of(plan, kv_heads)
-    return sum(
-        len(part.rows) * part.heads.count(kv_heads)
-        for t in range(1, plan.world)
-        for part in _gathered(plan, (rank + t) % plan.world, (t,)).parts[0]
-    )
+    return sum(_elements(plan, (rank + t) % plan.world, t) for t in range(1, plan.world))
+
+
+def _elements(plan: ForHeads, rank: int, t: int) -> int:
+    """(Row, KV head) pairs that ``rank`` fetches at offset t."""
+    parts = _gathered(plan, rank, (t,)).parts[0]
+    return sum(len(part.rows) * part.heads.count(plan.kv_heads) for part in parts)
 
 
 @lru_cache(maxsize=64)

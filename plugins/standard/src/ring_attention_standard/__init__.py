@@ -1,4 +1,4 @@
-"""Exact dense ring attention, and the communicators and kernels that every variant uses."""
+"""Exact ring attention, dense and dilated, and the communicators and kernels that every variant uses."""
 
 from __future__ import annotations
 

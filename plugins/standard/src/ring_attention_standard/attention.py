@@ -9,7 +9,7 @@ from ring_core.sequences import Sequences
 
 
 class StandardRingAttention(BaseRingAttention):
-    """Exact dense ring attention (Ring Attention, arXiv 2310.01889)."""
+    """Exact ring attention: dense (arXiv 2310.01889), or dilated (LongNet, arXiv 2307.02486)."""
 
     config_class = StandardConfig
 
