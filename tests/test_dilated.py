@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from ring_attention_standard.planner import plan_branches
 
-from ring_core import reference, registry
+from ring_core import BaseRingAttention, reference, registry
 from ring_core.errors import InputError
 from ring_core.rounds import elements_fetched, elements_sent, rounds
 from ring_core.testing import Case, Conformance, RankPool, Worker
@@ -34,7 +35,15 @@ class TestDilated(Conformance):
     )
     sequences: ClassVar = {
         name: Conformance.sequences[name]
-        for name in ("odd", "batch", "many queries per key", "packed", "packed batch", "padded")
+        for name in (
+            "odd",
+            "batch",
+            "many queries per key",
+            "no grouping",  # of 24 tokens: as long as a segment of the third config
+            "packed",
+            "packed batch",
+            "padded",
+        )
     } | {"more heads than phases": {"seq_len": 33, "heads": 10, "kv_heads": 5}}
 
 
@@ -226,6 +235,21 @@ def _sequences(length):
 
 
 # How it is asked for
+
+
+class AnotherVariant(BaseRingAttention):
+    """What a third party writes to have dilation: it asks for the standard planner's plan."""
+
+    def make_plan(self, sequences, world):
+        return plan_branches(self.config, sequences, world)
+
+
+def test_another_variant_dilates_with_the_same_planner():
+    fields = {"segment_lengths": [5, 16], "dilation_rates": [1, 3], "causal": True}
+    q = torch.randn(1, 37, 2, 4, dtype=torch.float64)
+    times = reference.visible(37, 37, causal=True) * reference.dilated(37, 2, [5, 16], [1, 3])
+    out = AnotherVariant(**fields)(q, q, q)
+    assert torch.allclose(out, reference.attention(q, q, q, times)[0], atol=1e-12, rtol=0)
 
 
 def test_dilated_cross_attention_is_refused_by_name():

@@ -1,4 +1,4 @@
-"""Exact ring attention, dense and dilated, and the communicators and kernels that every variant uses."""
+"""Exact ring attention, dense and dilated; the communicators and kernels that all variants use."""
 
 from __future__ import annotations
 
