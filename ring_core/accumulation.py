@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ring_core import copying
-from ring_core.plan import ALL_HEADS, Heads, Rows
-from ring_core.rows import grouped, select
+from ring_core.plan import ALL_HEADS, Heads, Rows, Segments
+from ring_core.rows import add_segments, grouped, select
 from ring_core.softmax import accumulation_dtype, merge_
 
 _SOURCES = 4
@@ -80,6 +80,9 @@ class Sum:
             self.settle()  # or what waits and the state would both be held
             if self._state is None:
                 self._state = torch.zeros(self._shape, dtype=self._wide, device=self._device)
+            if isinstance(place.rows, Segments):  # gradients of what a peer fetched
+                add_segments(self._state, place.rows, place.heads, x)
+                return
             window = select(
                 grouped(self._state, self._kv_heads), place.rows, place.heads, place.batch
             )

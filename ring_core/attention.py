@@ -12,6 +12,7 @@ from ring_core import groups
 from ring_core.calls import Call
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import ConfigError, InputError
+from ring_core.exchange import Exchange
 from ring_core.operator import NO_PLAN, attend, number_of
 from ring_core.plan import Plan
 from ring_core.protocols import Communicator
@@ -94,6 +95,18 @@ class BaseRingAttention(nn.Module):
         Communicates with nobody and reads nothing but its arguments and the config.
         """
         raise NotImplementedError(f"{type(self).__name__} must define make_plan")
+
+    def choose(self, plan: RankPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Any:
+        """What masks of the plan must know of a call's tensors; None where that is nothing.
+
+        Called before the forward and, with the same tensors, before the backward, on every rank.
+        :meth:`ring_core.masks.Mask.filled` is given what it returns.
+
+        Args:
+            q: [B, S_local, Hq, D]. k: [B, Skv_local, Hkv, D]: this rank's shards.
+            exchange: to reach the other ranks with.
+        """
+        return None
 
     # What users call
 
@@ -225,6 +238,7 @@ class BaseRingAttention(nn.Module):
         """The call of that number again, for its backward."""
         return Call(
             self.runtime,
+            self.choose,
             self._implied_plan(q, k) if plan is None else plan,
             q,
             k,

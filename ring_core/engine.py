@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,15 @@ def forward(
     v: Tensor,
     communicator: Communicator | None,
     settings: Settings,
+    *,
+    choice: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries.
 
     Args:
         q: [B, S, H, D]. k: [B, Skv, K, D]. v: [B, Skv, K, Dv]: this rank's shards.
         communicator: None where the plan fetches nothing (one rank).
+        choice: what masks are filled with for this call, if anything.
 
     Returns:
         out [B, S, H, Dv] in q's dtype and lse [B, H, S] in the accumulation dtype.
@@ -67,7 +71,7 @@ def forward(
                     at.q(q),
                     at.kv(keys[tile.block]),
                     at.kv(values[tile.block]),
-                    tile.mask,
+                    tile.mask.filled(choice, tile.batch),
                     scale=settings.scale,
                     dropout=_dropout(program, one, tile, q, k, settings),
                 )
@@ -89,6 +93,7 @@ def backward(
     *,
     dlse: Tensor | None = None,
     need_kv: bool = True,
+    choice: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's shards, in their dtype.
 
@@ -96,6 +101,7 @@ def backward(
         dout: [B, S, H, Dv]. out, lse: what :func:`forward` gave.
         dlse: [B, H, S], gradient of lse, if it was used.
         need_kv: False where keys and values are frozen on every rank: nothing goes home.
+        choice: as in :func:`forward`.
     """
     if dlse is not None:
         # dS = P * (dout.v - dout.out + dlse): one more column, dout = dlse, out = -1, v = 0. Not by
@@ -119,7 +125,7 @@ def backward(
                     value if dlse is None else F.pad(value, (0, 1)),
                     at.q(out),
                     at.q(lse.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2),
-                    tile.mask,
+                    tile.mask.filled(choice, tile.batch),
                     scale=settings.scale,
                     dropout=_dropout(program, one, tile, q, k, settings),
                     deterministic=settings.deterministic,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,24 @@ class Mask(ABC):
 
     @abstractmethod
     def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
-        """The definition, for some query rows: bool [len(rows), nk], True where x sees y."""
+        """The definition, for some query rows: bool [len(rows), nk], True where x sees y.
+
+        Where heads of the tile see different keys, or batch rows: [B or 1, K or 1, 1, len(rows),
+        nk].
+        """
 
     @abstractmethod
     def count(self, nq: int, nk: int) -> int:
-        """Number of visible pairs."""
+        """Number of visible pairs; the mean over heads, where they differ."""
+
+    def filled(self, choice: Any, batch: range | None) -> Mask:
+        """This mask with what an attention chose for a call: see
+        :meth:`ring_core.attention.BaseRingAttention.choose`. Most masks leave no choice.
+
+        Args:
+            batch: the tile's batch rows; None means all.
+        """
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,28 @@ class Rows:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Segments(Rows):
+    """``count`` rows of a peer's shard in several ``runs``, ascending: what is fetched where it is
+    no lattice. Where they have arrived they are neighbours, and plain :class:`Rows`.
+    """
+
+    runs: tuple[range, ...] = ()
+
+    @staticmethod
+    def of(runs: Sequence[range]) -> Rows:
+        """Rows of ascending runs with gaps between them; of one run the plain ones."""
+        first, count = runs[0].start, sum(map(len, runs))
+        return Rows(first, count) if len(runs) == 1 else Segments(first, count, runs=tuple(runs))
+
+    @property
+    def span(self) -> None:
+        return None
+
+    def indices(self) -> list[int]:
+        return [row for run in self.runs for row in run]
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Heads:
     """KV heads ``start + g*step + p`` for all g and each phase p < phases, and the query heads that
@@ -111,8 +133,8 @@ class Tile:
     """These query rows attend to those key/value rows under this mask.
 
     ``q`` counts in the rank's own query shard. ``kv`` counts in the owner's key shard as a planner
-    gives it, and in block ``block`` of what was fetched as a round holds it. ``batch`` is a run
-    of batch rows; None means all.
+    gives it (:class:`Segments` only if that is a peer), and in block ``block`` of what was fetched
+    as a round holds it. ``batch`` is a run of batch rows; None means all.
     """
 
     q: Rows

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ring_core.masks import FULL, Band
-from ring_core.plan import ALL_HEADS, ForHeads, Heads, Plan, Rows, Tile
+from ring_core.plan import ALL_HEADS, ForHeads, Heads, Plan, Rows, Segments, Tile
 from ring_core.tiling import hull, merge_tiles
 
 _WAITING = 4
@@ -296,16 +296,16 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
 
     Rows that the same queries see stand together, by owner. Rows of one lattice (all unit-step
     rows, say) that overlap, or that touch and stay neighbours in that order, are one piece;
-    repeated rows are pieces as they are, once for each tile that names others.
+    repeated rows and segments are pieces as they are, once for each tile that names others.
     """
     pieces: list[tuple[int, Rows, list[_Read]]] = []
     alike: dict[tuple[int, tuple[int, int, int]], list[_Read]] = {}
-    repeated: dict[tuple[int, Rows], list[_Read]] = {}
+    alone: dict[tuple[int, Rows], list[_Read]] = {}
     for read in reads:
-        if read.tile.kv.repeat == 1:
+        if read.tile.kv.repeat == 1 and not isinstance(read.tile.kv, Segments):
             alike.setdefault((read.place, read.tile.kv.lattice), []).append(read)
         else:
-            repeated.setdefault((read.place, read.tile.kv), []).append(read)
+            alone.setdefault((read.place, read.tile.kv), []).append(read)
     for (place, _), members in alike.items():
         first = len(pieces)
         for read in sorted(members, key=lambda read: read.tile.kv):
@@ -315,8 +315,8 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
                 pieces[-1] = (place, hull(last[1], rows), [*last[2], read])
             else:
                 pieces.append((place, rows, [read]))
-    pieces += [(place, rows, members) for (place, rows), members in repeated.items()]
-    pieces.sort(key=lambda one: (min(r.tile.q.start for r in one[2]), one[2][0].source, one[1]))
+    pieces += [(place, rows, members) for (place, rows), members in alone.items()]
+    pieces.sort(key=_order)
     joined: list[tuple[int, Rows, list[_Read]]] = []
     for place, rows, members in pieces:
         if joined and joined[-1][0] == place and _touch(joined[-1][1], rows):
@@ -326,8 +326,16 @@ def _pieces(reads: Iterable[_Read]) -> list[tuple[int, Rows, list[_Read]]]:
     return joined
 
 
+def _order(piece: tuple[int, Rows, list[_Read]]) -> tuple[int, ...]:
+    _, rows, reads = piece
+    first = min(read.tile.q.start for read in reads)
+    return first, reads[0].source, rows.start, rows.count, rows.step
+
+
 def _counted_from(kv: Rows, piece: Rows, row: int) -> Rows:
     """A tile's rows, given in the owner's shard, counted in the block where ``piece`` is at row."""
+    if isinstance(kv, Segments):
+        return Rows(row, kv.count)
     if kv.repeat == 1:
         return Rows(row + (kv.start - piece.start) // piece.step, kv.count)
     return Rows(row, kv.count, 1, kv.repeat, kv.count)
@@ -339,6 +347,8 @@ def _is_plain_band(tile: Tile) -> bool:
 
 
 def _touch(a: Rows, b: Rows) -> bool:
+    if isinstance(a, Segments) or isinstance(b, Segments):
+        return False
     return a.repeat == b.repeat == 1 and a.lattice == b.lattice and _end(a) == b.start
 
 

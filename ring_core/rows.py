@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ring_core.plan import ALL_HEADS, Heads, Rows
+from ring_core.plan import ALL_HEADS, Heads, Rows, Segments
 from ring_core.rounds import Block, Part
 
 
@@ -36,6 +37,30 @@ def select(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None 
         to_head + rows.slant * to_row,
     )
     return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), start)
+
+
+def take(x: Tensor, rows: Segments, heads: Heads = ALL_HEADS) -> Tensor:
+    """A copy [B, rows, heads, D] of some rows and heads of ``x`` [B, S, K, D]."""
+    return _of_heads(x, heads).index_select(1, index(rows, x.device)).flatten(2, 3)
+
+
+def add_segments(x: Tensor, rows: Segments, heads: Heads, added: Tensor) -> None:
+    """Add ``added`` [B, rows, heads, D] to the rows and heads of ``x`` [B, S, K, D]."""
+    window = _of_heads(x, heads)
+    added = added.view(*added.shape[:2], *window.shape[2:])
+    window.index_add_(1, index(rows, x.device), added.to(x.dtype))
+
+
+def _of_heads(x: Tensor, heads: Heads) -> Tensor:
+    """View [B, S, k/phases, phases, D] of some heads of ``x`` [B, S, K, D]."""
+    return select(x, Rows(0, x.shape[1]), heads)[:, 0]
+
+
+@lru_cache(maxsize=1024)
+def index(rows: Rows, device: torch.device) -> Tensor:
+    """The row indices: int64 on ``device``, where they stay for a while."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows.indices(), dtype=torch.int64, device=device)
 
 
 def numel(rows: int, heads: Heads, x: Tensor) -> int:
@@ -81,13 +106,16 @@ def _views(flat: Tensor, sizes: Sequence[tuple[int, Heads]], x: Tensor) -> list[
 def pack(parts: Sequence[Part], x: Tensor, flat: Tensor) -> None:
     """Copy ``parts`` of the shard ``x`` into ``flat``."""
     for view, part in zip(part_views(flat, parts, x), parts, strict=True):
+        if isinstance(part.rows, Segments):
+            view.copy_(take(x, part.rows, part.heads))
+            continue
         chosen = select(x, part.rows, part.heads)
         view.view(chosen.shape).copy_(chosen)
 
 
 def as_packed(parts: Sequence[Part], x: Tensor) -> Tensor | None:
     """The shard's own memory if ``parts`` already lie in it as :func:`pack` would lay them out."""
-    if len(parts) != 1 or parts[0].rows.repeat > 1:
+    if len(parts) != 1 or parts[0].rows.repeat > 1 or isinstance(parts[0].rows, Segments):
         return None
     chosen = select(x, parts[0].rows, parts[0].heads)[:, 0].transpose(0, 1)
     return chosen.view(-1) if chosen.is_contiguous() else None

@@ -1,0 +1,143 @@
+"""Blocks chosen by the tensors of a call: the best by mean-pooled queries and keys."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ring_attention_blocksparse.mask import Choice
+from ring_attention_blocksparse.planner import BlockPlan
+from ring_attention_blocksparse.scene import Scene
+from ring_attention_blocksparse.tables import Pieces
+from ring_attention_blocksparse.whole import TopK
+from ring_core.exchange import Exchange
+from ring_core.layout import Layout
+from ring_core.rows import grouped
+from ring_core.softmax import accumulation_dtype
+from ring_core.tiling import runs_of
+
+_ELEMENTS = 1 << 25
+"""Numbers held at once."""
+
+
+def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice | None:
+    """The choice of every pattern that makes one, for this rank's queries; None if there is none.
+
+    Pooled keys are gathered from all ranks, and pooled queries where blocks lie on several ranks:
+    a row for each block.
+
+    Args:
+        q: [B, S, Hq, D]. k: [B, S, Hkv, D]: this rank's shards.
+    """
+    patterns = [pattern for pattern in plan.patterns if isinstance(pattern, TopK)]
+    if not patterns:
+        return None
+    scene, dtype = plan.parts[0].scene, accumulation_dtype(q.dtype)
+    stops = torch.zeros(q.shape[0], dtype=torch.int64)
+    for part in plan.parts:
+        rows = part.batch if part.batch is not None else range(q.shape[0])
+        stops[rows.start : rows.stop] = part.scene.stop
+    stops = stops.to(q.device)
+    queries, keys = (
+        _pooled(layout, size, x, stops, exchange).to(dtype)
+        for layout, size, x in (
+            (plan.queries, scene.block_q, grouped(q, k.shape[2])),
+            (plan.keys, scene.block_kv, k.unsqueeze(3)),
+        )
+    )
+    index = _held(plan.queries, scene.block_q, exchange.rank).to(q.device)
+    blocks = {
+        pattern: torch.full(
+            (q.shape[0], k.shape[2], len(index), min(pattern.blocks, scene.key_blocks)),
+            -1,
+            dtype=torch.int64,
+            device=q.device,
+        )
+        for pattern in patterns
+    }
+    for part in plan.parts:
+        rows = part.batch if part.batch is not None else range(q.shape[0])
+        batch = slice(rows.start, rows.stop)
+        step = max(1, _ELEMENTS // (len(rows) * k.shape[2] * scene.key_blocks))
+        for some in torch.arange(len(index), device=q.device).split(step):
+            scores = _scores(part.scene, index[some], queries[batch], keys[batch])
+            for found in blocks.values():
+                found[batch, :, some] = _best(scores, found.shape[-1])
+    return Choice(index, blocks)
+
+
+def _pooled(layout: Layout, size: int, x: Tensor, stops: Tensor, exchange: Exchange) -> Tensor:
+    """Means of all blocks, whoever holds them: float64 [B, blocks, K, D]. Blocks in which a batch
+    row has no tokens get 0.
+
+    Args:
+        x: [B, S, K, G, D], of which the mean over G is taken too. stops: [B], valid tokens.
+    """
+    held = [_held(layout, size, rank) for rank in range(exchange.world)]
+    mine = _sums(layout, size, x, stops, exchange.rank)
+    found = exchange.gather([mine], [len(index) for index in held])
+    count = -(-layout.length // size)
+    total = mine.new_zeros(mine.shape[0], count, *mine.shape[2:])
+    for index, (sums,) in zip(held, found, strict=True):
+        total.index_add_(1, index.to(x.device), sums)
+    first = torch.arange(count, device=x.device) * size
+    tokens = (stops[:, None] - first).clamp(0, size).clamp_min(1) * x.shape[3]
+    return total / tokens[:, :, None, None]
+
+
+def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Tensor:
+    """Sums over this rank's tokens of each block that it holds some of: float64 [B, n, K, D]."""
+    index = _held(layout, size, rank)
+    pieces = Pieces.of(runs_of(layout, rank), size, x.device)
+    total = x.new_zeros(x.shape[0], len(index), x.shape[2], x.shape[4], dtype=torch.float64)
+    target = torch.searchsorted(index.to(x.device), pieces.block)
+    place = torch.arange(pieces.largest, device=x.device)
+    step = max(1, _ELEMENTS // (pieces.largest * x[:, 0].numel()))
+    for some in torch.arange(len(pieces), device=x.device).split(step):
+        there = place < pieces.size[some][:, None]
+        rows = pieces.row[some][:, None] + place * there
+        tokens = pieces.token[some][:, None] + place * pieces.step[some][:, None]
+        valid = there & (tokens < stops[:, None, None])
+        chosen = x[:, rows].masked_fill(~valid[..., None, None, None], 0)  # padding may be NaN
+        total.index_add_(1, target[some], chosen.sum((2, 4), dtype=torch.float64))
+    return total
+
+
+@lru_cache(maxsize=256)
+def _held(layout: Layout, size: int, rank: int) -> Tensor:
+    """The blocks that a rank holds tokens of, ascending."""
+    return torch.unique(Pieces.of(runs_of(layout, rank), size, torch.device("cpu")).block)
+
+
+def _scores(scene: Scene, index: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Scores [B, K, n, key blocks] of some query blocks in the dtype of the pooled tensors; of
+    their own blocks inf, and -inf of those that the mask hides.
+
+    Products are summed in float64, so that no order of summation decides between neighbours.
+    """
+    found = torch.einsum("bnkd,bjkd->bknj", queries[:, index].double(), keys.double())
+    found = found.to(queries.dtype)
+    q = scene.blocks(index)
+    low, high = scene.visible(q)
+    block = torch.arange(scene.key_blocks, device=index.device)
+    own_first, own_last = q.first // scene.block_kv, q.last // scene.block_kv
+    own = (own_first[:, None] <= block) & (block <= own_last[:, None])
+    hidden = (block < low[:, None]) | (block > high[:, None])
+    return found.masked_fill(own, torch.inf).masked_fill(hidden, -torch.inf)
+
+
+def _best(scores: Tensor, most: int) -> Tensor:
+    """The best blocks [..., most], of equal ones the lower; -1 where too few are visible."""
+    if scores.dtype == torch.float64:
+        values, found = torch.sort(scores, dim=-1, descending=True, stable=True)
+        values, found = values[..., :most], found[..., :most]
+    else:
+        # As whole numbers in the same order, with the index below: then no two are equal.
+        bits = scores.contiguous().view(torch.int32).long()
+        ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+        index = torch.arange(scores.shape[-1], device=scores.device)
+        _, found = torch.topk((ordered << 31) - index, most, dim=-1)
+        values = scores.gather(-1, found)
+    return torch.where(values == -torch.inf, -1, found)

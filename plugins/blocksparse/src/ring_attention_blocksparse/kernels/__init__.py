@@ -1,0 +1,8 @@
+"""Kernels that compute the blocks of a table."""
+
+from __future__ import annotations
+
+from ring_attention_blocksparse.kernels.batched import Batched
+from ring_core.protocols import AttentionKernel
+
+KERNELS: tuple[AttentionKernel, ...] = (Batched(),)

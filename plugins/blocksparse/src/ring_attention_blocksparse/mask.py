@@ -1,0 +1,304 @@
+"""The mask of a block-sparse tile: a description, from which kernels get tables of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ring_attention_blocksparse.pairs import admitted
+from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.scene import Blocks, Reach, Scene
+from ring_attention_blocksparse.tables import FULL, Bits, Pairs, Pieces, Tables, pairs_of
+from ring_core.masks import Mask
+from ring_core.plan import Tile
+from ring_core.tiling import Run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The key blocks that patterns chose for a rank's queries in a call.
+
+    Attributes:
+        index: int64 [n], the query blocks that the rank holds tokens of, ascending.
+        blocks: for each choosing pattern int64 [B, K, n, most], -1 where there are fewer.
+    """
+
+    index: Tensor
+    blocks: Mapping[Pattern, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockMask(Mask):
+    """What patterns show between the tokens in some rows of a tile and those in some keys.
+
+    Rows and keys in no run hold nothing: they are not read, and see nothing.
+
+    Attributes:
+        patterns: those that the tile's heads have. heads: those heads, as global KV heads.
+        q, kv: the tokens, by runs of the tile's rows and keys.
+    """
+
+    scene: Scene
+    patterns: tuple[Pattern, ...]
+    heads: range
+    q: tuple[Run, ...]
+    kv: tuple[Run, ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: there may be thousands of runs."""
+        return hash((self.scene, self.patterns, self.heads, self.q, self.kv))
+
+    def tables(self, device: torch.device) -> Tables:
+        """What a kernel needs, on ``device``; kept there for a while."""
+        return _tables(self, device)
+
+    def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
+        return self.tables(device or torch.device("cpu")).dense(rows, nk)
+
+    def count(self, nq: int, nk: int) -> int:
+        tables = self.tables(torch.device("cpu"))
+        return tables.pairs() // tables.heads
+
+    def filled(self, choice: Choice | None, batch: range | None) -> Mask:
+        if choice is None or not any(pattern.chosen for pattern in self.patterns):
+            return self
+        return Filled(self, choice, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Filled(Mask):
+    """A block mask with the blocks that were chosen for a call."""
+
+    mask: BlockMask
+    choice: Choice
+    batch: range | None
+
+    def tables(self, device: torch.device) -> Tables:
+        """What a kernel needs, on ``device``."""
+        return self._tables  # the choice was made there
+
+    @cached_property
+    def _tables(self) -> Tables:
+        mask, choice = self.mask, self.choice
+        static = _static(mask, choice.index.device)
+        q, kv = static.q, static.kv
+        heads, lanes = len(mask.heads), []
+        place = torch.searchsorted(choice.index, q.block)
+        for pattern in mask.patterns:
+            if pattern.chosen:
+                chosen = choice.blocks[pattern]
+                if self.batch is not None:
+                    chosen = chosen[self.batch.start : self.batch.stop]
+                chosen = chosen[:, mask.heads.start : mask.heads.stop]
+                lanes.append(_pieces_of(chosen[:, :, place], kv))
+        y = torch.cat(lanes, dim=-1)
+        batch = y.shape[0]
+        x = torch.arange(len(q), device=y.device)[:, None].expand(y.shape)
+        there = y < len(kv)
+        at = y.clamp_max(max(0, len(kv) - 1))
+        number = static.edge_mask(x, at, there)
+        there &= number >= FULL
+        # Lists of all batch rows and heads end to end; what is seen anyway stands behind what was
+        # chosen, of which more is seen.
+        layer = torch.arange(batch * heads, device=y.device)
+        which = (layer.view(batch, heads, 1, 1) * len(q) + x)[there]
+        parts = [(which, at[there], number[there])]
+        for n, pairs in enumerate(static.pairs):
+            mine = layer if len(static.pairs) == 1 else layer.view(batch, heads)[:, n]
+            shape = len(mine), len(pairs.q)
+            parts.append(
+                (
+                    (mine[:, None] * len(q) + pairs.q).flatten(),
+                    pairs.kv.expand(shape).flatten(),
+                    pairs.mask.expand(shape).flatten(),
+                )
+            )
+        which, other, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
+        key, order = torch.sort(which * (len(kv) + 1) + other, stable=True)
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = key[1:] != key[:-1]
+        order = order[first]
+        return Tables.of_pairs(
+            q, kv, static.bits, batch, heads, which[order], other[order], numbers[order]
+        )
+
+    def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
+        return self._tables.dense(rows, nk)
+
+    def count(self, nq: int, nk: int) -> int:
+        return self._tables.pairs() // (self._tables.heads * self._tables.batch)
+
+
+class _Edges(Pattern):
+    """Blocks of which the mask lets some pairs through, and maybe not all."""
+
+    kind: str = "edges"
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        each = torch.arange(len(q.index), device=q.device)
+        low, high = scene.visible(q)
+        last_lo, _ = scene.bounds(q.last.clamp_max(scene.stop - 1))
+        _, first_hi = scene.bounds(q.first)
+        size = scene.block_kv
+        begin = (-(-last_lo // size)).clamp_min(low)  # the blocks that all queries see whole
+        end = (first_hi + 1).div(size, rounding_mode="floor") - 1
+        behind = torch.maximum(end + 1, begin)
+        return Reach.together(
+            [
+                scene.between(q, each, low * size, begin * size - 1),
+                scene.between(q, each, behind * size, (high + 1) * size - 1),
+            ]
+        )
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
+        return i == i
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What a mask's tables start from: pieces, the pairs of each head or of all alike, and where
+    patterns choose, masks of all pairs that the mask cuts."""
+
+    scene: Scene
+    q: Pieces
+    kv: Pieces
+    pairs: tuple[Pairs, ...]
+    bits: Tensor
+    edges: Pairs
+
+    def edge_mask(self, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
+        """The mask's number for pairs of pieces of which all would be seen: :data:`FULL`, or less
+        where nothing is."""
+        q, kv = self.q, self.kv
+        clear = admitted(self.scene, q.token[x], q.last[x], kv.token[y], kv.last[y])
+        number = torch.where(clear.whole, FULL, FULL - 1)
+        if not len(self.edges.q):
+            return number
+        keys = self.edges.q * len(kv) + self.edges.kv
+        key = x * len(kv) + y
+        place = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
+        return torch.where((keys[place] == key) & ~clear.whole, self.edges.mask[place], number)
+
+
+@lru_cache(maxsize=256)
+def _static(mask: BlockMask, device: torch.device) -> _Static:
+    scene, patterns = mask.scene, mask.patterns
+    q = Pieces.of(mask.q, scene.block_q, device)
+    kv = Pieces.of(mask.kv, scene.block_kv, device)
+    bits = Bits(q, kv)
+    heads = mask.heads if any(pattern.varies for pattern in patterns) else mask.heads[:1]
+    found = [pairs_of(scene, patterns, head, q, kv, bits) for head in heads]
+    choosing = any(pattern.chosen for pattern in patterns)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    edges = Pairs(none, none, none)
+    if choosing:
+        edges = pairs_of(scene, [_Edges()], 0, q, kv, bits)
+    masks, which = bits.result()
+    *found, edges = (_renumbered(pairs, which) for pairs in (*found, edges))
+    return _Static(scene, q, kv, tuple(found), masks, edges)
+
+
+def _renumbered(pairs: Pairs, which: Tensor) -> Pairs:
+    if not len(which):
+        return pairs
+    mask = torch.where(pairs.mask == FULL, FULL, which[pairs.mask.clamp_min(0)])
+    return replace(pairs, mask=mask)
+
+
+@lru_cache(maxsize=256)
+def _tables(mask: BlockMask, device: torch.device) -> Tables:
+    with torch.inference_mode(False), torch.no_grad():
+        static = _static(mask, device)
+        q, found = static.q, static.pairs
+        which = torch.cat([n * len(q) + pairs.q for n, pairs in enumerate(found)])
+        other, number = (torch.cat([getattr(p, x) for p in found]) for x in ("kv", "mask"))
+        return Tables.of_pairs(q, static.kv, static.bits, 1, len(found), which, other, number)
+
+
+def _pieces_of(blocks: Tensor, kv: Pieces) -> Tensor:
+    """Pieces of blocks [..., n], of which -1 is none: [..., n * most], ``len(kv)`` for none."""
+    order = torch.argsort(kv.block, stable=True)
+    sorted_blocks = kv.block[order]
+    first = torch.searchsorted(sorted_blocks, blocks.contiguous())
+    stop = torch.searchsorted(sorted_blocks, blocks.contiguous(), right=True)
+    most = int(torch.bincount(kv.block).max()) if len(kv) else 1
+    place = first[..., None] + torch.arange(most, device=blocks.device)
+    there = place < stop[..., None]
+    order = torch.cat([order, order.new_tensor([len(kv)])])
+    return torch.where(there, order[place.clamp_max(len(kv))], len(kv)).flatten(-2)
+
+
+def join(tiles: Sequence[Tile]) -> list[Tile]:
+    """Tiles of the same heads and batch rows whose queries mostly overlap as one tile.
+
+    One call then reads the keys of several owners, where a round brings them in one block.
+    """
+    done: list[Tile] = []
+    for tile in sorted(tiles, key=lambda tile: (tile.q.start, tile.kv.start)):
+        for at, other in enumerate(done):
+            if _alike(other, tile):
+                done[at] = _joined(other, tile)
+                break
+        else:
+            done.append(tile)
+    return done
+
+
+def _alike(a: Tile, b: Tile) -> bool:
+    assert isinstance(a.mask, BlockMask)
+    assert isinstance(b.mask, BlockMask)
+    if (a.block, a.heads, a.batch, a.mask.scene, a.mask.patterns) != (
+        b.block,
+        b.heads,
+        b.batch,
+        b.mask.scene,
+        b.mask.patterns,
+    ):
+        return False
+    first, last = min(a.q.start, b.q.start), max(x.q.start + x.q.count for x in (a, b))
+    return 2 * (a.q.count + b.q.count) >= 3 * (last - first)
+
+
+def _joined(a: Tile, b: Tile) -> Tile:
+    sides = []
+    for name in ("q", "kv"):
+        mine, theirs = getattr(a, name), getattr(b, name)
+        start = min(mine.start, theirs.start)
+        count = max(x.start + x.count for x in (mine, theirs)) - start
+        runs = [
+            Run(run.row + x.start - start, run.tokens)
+            for x, tile in ((mine, a), (theirs, b))
+            for run in getattr(tile.mask, name)
+        ]
+        sides.append((replace(mine, start=start, count=count), _union(runs)))
+    (q, q_runs), (kv, kv_runs) = sides
+    assert isinstance(a.mask, BlockMask)
+    return replace(a, q=q, kv=kv, mask=replace(a.mask, q=q_runs, kv=kv_runs))
+
+
+def _union(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Runs of one set of rows, some of which two of them may name: each row once."""
+    done: list[Run] = []
+    for run in sorted(runs, key=lambda run: run.row):
+        last = done[-1] if done else None
+        end = last.row + len(last.tokens) if last else 0
+        if last and run.row < end:
+            stop = max(last.tokens.stop, run.tokens.stop)
+            done[-1] = Run(last.row, range(last.tokens.start, stop, last.tokens.step))
+        else:
+            done.append(run)
+    return tuple(done)
+
+
+def of(mask: Mask) -> BlockMask | Filled:
+    """The mask of a tile that a block-sparse kernel is given."""
+    assert isinstance(mask, (BlockMask, Filled))
+    return mask

@@ -1,0 +1,171 @@
+"""What a pattern is, and the kinds that know tokens by their distance or their index.
+
+A kind of your own subclasses :class:`Pattern` and is brought by the hook ``blocksparse_patterns``.
+Importing this module imports no torch: it describes configs, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ring_attention_blocksparse.scene import Blocks, Reach, Scene
+
+
+class Pattern(BaseModel):
+    """Which keys a query sees, apart from the mask. Frozen and hashable; JSON round-trips.
+
+    A subclass has a field ``kind``, a ``Literal`` of its name, its own fields, and :meth:`reach`.
+    Where it is finer than blocks it has :meth:`sees` too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    """Name of the kind."""
+
+    heads: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """KV heads that have this pattern, each with the query heads that it serves; None: all."""
+
+    chosen: ClassVar[bool] = False
+    """Whether blocks are chosen in each call, by its tensors."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether heads that have this pattern see different keys."""
+        return False
+
+    def applies(self, head: int) -> bool:
+        """Whether KV head ``head`` has this pattern."""
+        return self.heads is None or head in self.heads
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        """Key blocks that some query blocks see, and maybe more, but none left out.
+
+        Time and memory should be in proportion to the answer; :meth:`Scene.between` and
+        :meth:`Scene.offsets` make one from tokens.
+
+        Args:
+            head: the KV head; it matters only where the pattern ``varies``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define reach")
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor | None:
+        """Whether query i sees key j: bool, of the shape that both broadcast to.
+
+        Asked of pairs of which :meth:`reach` did not say ``whole``; the mask is looked at apart.
+        None: only whole blocks are seen.
+        """
+        return None
+
+    def check(self, scene: Scene) -> str | None:
+        """What is wrong with this pattern for a sequence, or None."""
+        return None
+
+    def check_heads(self, kv_heads: int) -> str | None:
+        """What is wrong with this pattern for so many KV heads, or None."""
+        if self.heads is not None and max(self.heads) >= kv_heads:
+            return f"heads={list(self.heads)}, and there are {kv_heads} KV heads, counted from 0"
+        return None
+
+
+# By distance
+
+
+class Local(Pattern):
+    """``i - left <= j <= i + right``."""
+
+    kind: Literal["local"] = "local"
+    left: int = Field(ge=0)
+    """Tokens before the query."""
+    right: int = Field(ge=0)
+    """Tokens behind it."""
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        return scene.offsets(q, 1, -self.left, self.right)
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
+        return (j - i >= -self.left) & (j - i <= self.right)
+
+
+class Strided(Pattern):
+    """``(i - j) mod stride = 0`` (Sparse Transformer, arXiv 1904.10509)."""
+
+    kind: Literal["strided"] = "strided"
+    stride: int = Field(ge=1)
+    """Tokens from one seen key to the next."""
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        return scene.offsets(q, self.stride, None, None)
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
+        return (j - i) % self.stride == 0
+
+
+class Dilated(Pattern):
+    """``abs(i - j) <= window * rate`` and ``(i - j) mod rate = 0`` (Longformer, arXiv
+    2004.05150)."""
+
+    kind: Literal["dilated"] = "dilated"
+    window: int = Field(ge=0)
+    """Keys seen on each side."""
+    rate: int = Field(ge=1)
+    """Tokens from one seen key to the next."""
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        far = self.window * self.rate
+        return scene.offsets(q, self.rate, -far, far)
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
+        return ((j - i).abs() <= self.window * self.rate) & ((j - i) % self.rate == 0)
+
+
+# By index
+
+
+class Sink(Pattern):
+    """The first ``n`` tokens of the query's document (StreamingLLM, arXiv 2309.17453)."""
+
+    kind: Literal["sink"] = "sink"
+    n: int = Field(ge=1)
+    """Tokens at a document's start."""
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        query, start, stop = scene.documents_of(q)
+        return scene.between(q, query, start, (start + self.n).minimum(stop) - 1)
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
+        start, _ = scene.document(i)
+        return (start <= j) & (j < start + self.n)
+
+
+class GlobalTokens(Pattern):
+    """Some tokens see all and are seen by all (Longformer, arXiv 2004.05150)."""
+
+    kind: Literal["global_tokens"] = "global_tokens"
+    ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """Indices of the tokens; those behind the end of a sequence have no effect."""
+
+    def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        import torch
+
+        from ring_attention_blocksparse.scene import Reach
+
+        ids = torch.tensor(sorted(set(self.ids)), device=q.device)
+        each = torch.arange(len(q.index), device=q.device)
+        inside = torch.searchsorted(ids, q.last, right=True) > torch.searchsorted(ids, q.first)
+        first = torch.zeros_like(each[inside])
+        rows = scene.between(q, each[inside], first, first + scene.length - 1)
+        query = each.repeat_interleave(len(ids))
+        columns = ids.repeat(len(each))
+        return Reach.together([rows, scene.between(q, query, columns, columns)])
+
+    def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
+        import torch
+
+        ids = torch.tensor(self.ids, device=i.device)
+        return torch.isin(i, ids) | torch.isin(j, ids)

@@ -1,0 +1,395 @@
+"""The planner of block-sparse attention: tiles only where blocks are active, and their keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+import torch
+from ring_attention_standard.planner import band_of
+from torch import Tensor
+
+from ring_attention_blocksparse.config import BlockSparseConfig
+from ring_attention_blocksparse.mask import BlockMask
+from ring_attention_blocksparse.pairs import active, admitted_count
+from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.scene import Scene, ragged
+from ring_core.config import LayoutName
+from ring_core.errors import InputError
+from ring_core.layout import Layout, balanced, contiguous, striped, zigzag
+from ring_core.masks import Mask
+from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Segments, Tile
+from ring_core.sequences import Sequences
+from ring_core.tiling import Run, runs_of
+
+_EVEN = 1.05
+"""Up to this imbalance ``auto`` keeps the layout that moves the least data."""
+_PACKED = 1.25
+"""Rows in several runs are copied together before they travel, which takes about a quarter of the
+time that the link does: not worth it where all rows between them are fewer than so many times
+those needed."""
+_APART = 4
+"""Queries between which more than one in so many of the shard's rows need nothing are two tiles."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Batch rows with the same documents (None: all), and what they see."""
+
+    batch: range | None
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class BlockPlan(Plan):
+    """Every active pair of blocks, under the patterns, the mask and the documents."""
+
+    parts: tuple[Part, ...]
+    patterns: tuple[Pattern, ...]
+    kv_heads: int | None = None
+    """Patterns name heads; None: as many as they name, and one more where they leave some out."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.queries, self.keys, self.parts, self.patterns, self.kv_heads))
+
+    @property
+    def masks(self) -> frozenset[type[Mask]]:
+        return frozenset({BlockMask})
+
+    def for_heads(self, kv_heads: int) -> BlockPlan:
+        """The plan for so many KV heads.
+
+        Raises:
+            InputError: a pattern names others.
+        """
+        for pattern in self.patterns:
+            if trouble := pattern.check_heads(kv_heads):
+                raise InputError(f"pattern {pattern.kind!r}: {trouble}")
+        return replace(self, kv_heads=kv_heads)
+
+    def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
+        return [tile for heads in self.classes() for tile in self._tiles_of(heads, rank, owner)]
+
+    def work(self, rank: int, batch: int = 1) -> Fraction:
+        """Block pairs that ``rank`` computes, summed over batch rows: the mean over heads."""
+        total = 0.0
+        for part in self.parts:
+            rows = batch if part.batch is None else len(part.batch)
+            total += rows * float(self._cost(part.scene, self.queries.rows[rank]))
+        return Fraction(total)
+
+    def density(self, batch: int = 1) -> float:
+        """Block pairs that are computed as a share of those that the mask leaves, over all ranks.
+
+        Where blocks are chosen by the tensors, what other patterns show counts as if the choice
+        had left it out.
+        """
+        shown = left = 0.0
+        for part in self.parts:
+            rows = batch if part.batch is None else len(part.batch)
+            shown += rows * float(self._degrees(part.scene).sum())
+            left += rows * float(admitted_count(part.scene).sum())
+        return shown / left if left else 0.0
+
+    # Heads that see alike
+
+    def classes(self) -> list[range]:
+        """Runs of KV heads that have the same patterns, and some."""
+        heads = self.kv_heads or self._named_heads()
+        alike = groupby(range(heads), key=self.of_head)
+        runs = [list(members) for patterns, members in alike if patterns]
+        return [range(run[0], run[-1] + 1) for run in runs]
+
+    def of_head(self, head: int) -> tuple[Pattern, ...]:
+        """The patterns that a KV head has."""
+        return tuple(pattern for pattern in self.patterns if pattern.applies(head))
+
+    def _named_heads(self) -> int:
+        named = [max(p.heads) + 1 for p in self.patterns if p.heads is not None]
+        return max(named) + 1 if named else 1
+
+    # What queries need
+
+    def needed(self, scene: Scene, heads: range, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Key blocks that some query blocks may see: places in ``index``, and blocks."""
+        patterns = self.of_head(heads[0])
+        if any(pattern.chosen for pattern in patterns):
+            low, high = scene.visible(scene.blocks(index))
+            query, place = ragged((high - low + 1).clamp_min(0))
+            return query, low[query] + place
+        each = heads if any(pattern.varies for pattern in patterns) else heads[:1]
+        found = [active(scene, patterns, head).of(index) for head in each]
+        if len(found) == 1:
+            return found[0]
+        query, block = (torch.cat(column) for column in zip(*found, strict=True))
+        key = torch.unique(query * scene.key_blocks + block)
+        return key // scene.key_blocks, key % scene.key_blocks
+
+    def _degrees(self, scene: Scene) -> Tensor:
+        """[query blocks]: key blocks that each one computes with, float64: the mean over heads."""
+        return _degrees(scene, tuple(self._weights()))
+
+    def _weights(self) -> Iterator[tuple[tuple[Pattern, ...], range, float]]:
+        heads = self.kv_heads or self._named_heads()
+        for run in self.classes():
+            yield self.of_head(run[0]), run, len(run) / heads
+
+    def _cost(self, scene: Scene, runs: Sequence[range]) -> float:
+        """What runs of queries cost, in whole pairs of blocks."""
+        return _cost(scene, tuple(self._weights()), tuple(runs))
+
+    # Tiles
+
+    def _tiles_of(self, heads: range, rank: int, owner: int) -> Iterator[Tile]:
+        whole = heads == range(self.kv_heads or self._named_heads())
+        named = ALL_HEADS
+        if not whole:
+            kv_heads = self.kv_heads or self._named_heads()
+            named = Heads(heads.start, kv_heads, len(heads))
+        theirs = _needed_rows(self, heads, rank, owner)
+        if theirs is None:
+            return
+        kv, kv_runs = theirs
+        for part in self.parts:
+            scene = part.scene
+            seen_keys = _inside(kv_runs, scene.stop)
+            blocks = _blocks_of(seen_keys, scene.block_kv)
+            for q_runs in _clusters(self, part, heads, rank, blocks):
+                first, last = q_runs[0].row, q_runs[-1].row + len(q_runs[-1].tokens)
+                mask = BlockMask(
+                    scene,
+                    self.of_head(heads[0]),
+                    heads,
+                    tuple(Run(run.row - first, run.tokens) for run in q_runs),
+                    tuple(seen_keys),
+                )
+                yield Tile(Rows(first, last - first), kv, mask, named, part.batch)
+
+
+def plan_blocks(config: BlockSparseConfig, sequences: Sequences, world: int) -> BlockPlan:
+    """A plan for ``world`` ranks.
+
+    Raises:
+        InputError: cross-attention, for which patterns are not defined; or a pattern does not fit
+            the sequence.
+    """
+    assert config.patterns is not None
+    if sequences.cross:
+        raise InputError(
+            "patterns with kv_len or kv_cu_seqlens: block-sparse cross-attention is not defined; "
+            "leave the patterns out"
+        )
+    parts = tuple(_parts(config, sequences))
+    for part in parts:
+        for pattern in config.patterns:
+            if trouble := pattern.check(part.scene):
+                raise InputError(f"pattern {pattern.kind!r}: {trouble}")
+    unplaced = contiguous(sequences.q_len, world)
+    plan = BlockPlan(unplaced, unplaced, parts, config.patterns)
+    unit = math.lcm(config.block_q, config.block_kv)
+    layout = _layout(config.layout, plan, sequences.q_len, world, unit)
+    return replace(plan, queries=layout, keys=layout)
+
+
+def _parts(config: BlockSparseConfig, sequences: Sequences) -> Iterator[Part]:
+    batches = dict.fromkeys(document.batch for document in sequences.documents)
+    for batch in batches:
+        documents = tuple(one.q for one in sequences.documents if one.batch == batch)
+        scene = Scene(sequences.q_len, documents, band_of(config), config.block_q, config.block_kv)
+        yield Part(batch, scene)
+
+
+def _layout(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: int) -> Layout:
+    def work(runs: Sequence[range]) -> float:
+        return sum(
+            plan._cost(part.scene, runs) * (1 if part.batch is None else len(part.batch))
+            for part in plan.parts
+        )
+
+    def imbalance(layout: Layout) -> float:
+        loads = [work(runs) for runs in layout.rows]
+        return max(loads) * world / sum(loads) if sum(loads) else 1.0
+
+    if name != "auto":
+        return {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}[name](length, world)
+    # Ranks hold whole blocks as far as that keeps them busy alike.
+    count = -(-length // unit)
+    best: tuple[float, Layout] | None = None
+    for layout in (
+        _scaled(contiguous(count, world), unit, length),
+        _scaled(zigzag(count, world), unit, length),
+        _scaled(
+            balanced(count, world, lambda run: round(1024 * work([_tokens(run, unit, length)]))),
+            unit,
+            length,
+        ),
+        contiguous(length, world),
+        zigzag(length, world),
+    ):
+        found = imbalance(layout)
+        if found <= _EVEN:
+            return layout
+        if best is None or found < best[0] / _EVEN:
+            best = found, layout
+    assert best is not None
+    return best[1]
+
+
+def _scaled(layout: Layout, unit: int, length: int) -> Layout:
+    """A layout of blocks as one of their tokens."""
+    return Layout(
+        length,
+        tuple(tuple(_tokens(run, unit, length) for run in runs) for runs in layout.rows),
+    )
+
+
+def _tokens(blocks: range, unit: int, length: int) -> range:
+    return range(blocks.start * unit, min(length, blocks.stop * unit))
+
+
+@lru_cache(maxsize=32)
+def _degrees(scene: Scene, weights: tuple[tuple[tuple[Pattern, ...], range, float], ...]) -> Tensor:
+    total = torch.zeros(scene.query_blocks, dtype=torch.float64)
+    for patterns, heads, share in weights:
+        each = heads if any(pattern.varies for pattern in patterns) else heads[:1]
+        counts = [active(scene, patterns, head).count().double() for head in each]
+        count = torch.stack(counts).mean(0)
+        most = sum(pattern.blocks for pattern in patterns if pattern.chosen)
+        if most:
+            # Of what is chosen, the query block's own tokens are in the static pattern already.
+            count = torch.minimum(
+                count + most - _own_blocks(scene), admitted_count(scene).double()
+            ).maximum(count)
+        total += share * count
+    return total
+
+
+def _own_blocks(scene: Scene) -> Tensor:
+    q = scene.blocks(torch.arange(scene.query_blocks))
+    return (q.last // scene.block_kv - q.first // scene.block_kv + 1).double()
+
+
+@lru_cache(maxsize=1024)
+def _cost(
+    scene: Scene,
+    weights: tuple[tuple[tuple[Pattern, ...], range, float], ...],
+    runs: tuple[range, ...],
+) -> float:
+    degrees = _degrees(scene, weights)
+    size = scene.block_q
+    total = 0.0
+    for run in runs:
+        first, last = run[0] // size, run[-1] // size
+        touched = torch.arange(first, last + 1)
+        held = torch.minimum((touched + 1) * size, torch.tensor(run[-1] + 1))
+        held = held - torch.maximum(touched * size, torch.tensor(run[0]))
+        total += float((degrees[first : last + 1] * held).sum()) / size / run.step
+    return total
+
+
+def _inside(runs: Sequence[Run], stop: int) -> list[Run]:
+    """What runs hold of the tokens before ``stop``."""
+    found = []
+    for run in runs:
+        tokens = range(run.tokens.start, min(stop, run.tokens.stop), run.tokens.step)
+        if tokens:
+            found.append(Run(run.row, tokens))
+    return found
+
+
+def _blocks_of(runs: Sequence[Run], size: int) -> Tensor:
+    """The blocks that runs hold tokens of: int64, ascending."""
+    found = [torch.arange(run.tokens[0] // size, run.tokens[-1] // size + 1) for run in runs]
+    return torch.unique(torch.cat(found)) if found else torch.zeros(0, dtype=torch.int64)
+
+
+@lru_cache(maxsize=4096)
+def _needed_rows(
+    plan: BlockPlan, heads: range, rank: int, owner: int
+) -> tuple[Rows, tuple[Run, ...]] | None:
+    """Rows of the owner's keys that a rank needs for some heads, and what tokens they hold; each
+    run's row counts in those rows as they will have arrived."""
+    size = plan.parts[0].scene.block_kv if plan.parts else 1
+    held = runs_of(plan.keys, owner)
+    needed = torch.zeros(-(-plan.keys.length // size), dtype=torch.bool)
+    for part in plan.parts:
+        index = _blocks_of(
+            _inside(runs_of(plan.queries, rank), part.scene.stop), part.scene.block_q
+        )
+        _, blocks = plan.needed(part.scene, heads, index)
+        needed[blocks] = True
+    runs = [piece for run in held for piece in _runs_within(run, needed, size)]
+    if not runs:
+        return None
+    first, last = runs[0].row, runs[-1].row + len(runs[-1].tokens)
+    rows = sum(len(run.tokens) for run in runs)
+    if rank == owner or last - first <= _PACKED * rows:
+        kv = Rows(first, last - first)
+        return kv, tuple(Run(run.row - first, run.tokens) for run in runs)
+    kv = Segments.of(_joined([range(run.row, run.row + len(run.tokens)) for run in runs]))
+    placed, row = [], 0
+    for run in runs:
+        placed.append(Run(row, run.tokens))
+        row += len(run.tokens)
+    return kv, tuple(placed)
+
+
+def _runs_within(run: Run, needed: Tensor, size: int) -> Iterator[Run]:
+    """Of a run what lies in the needed blocks."""
+    tokens = run.tokens
+    if not tokens:
+        return
+    first, last = tokens[0] // size, tokens[-1] // size
+    flags = torch.nn.functional.pad(needed[first : last + 1].int(), (1, 1))
+    edges = flags.diff()
+    starts, stops = (edges == 1).nonzero().squeeze(1), (edges == -1).nonzero().squeeze(1)
+    for start, stop in zip((starts + first).tolist(), (stops + first).tolist(), strict=True):
+        begin = max(0, -(-(start * size - tokens.start) // tokens.step))
+        end = min(len(tokens), -(-(stop * size - tokens.start) // tokens.step))
+        if begin < end:
+            yield Run(run.row + begin, tokens[begin:end])
+
+
+def _joined(runs: Sequence[range]) -> list[range]:
+    """Neighbouring rows as one run."""
+    done: list[range] = []
+    for run in runs:
+        if done and done[-1].stop == run.start:
+            done[-1] = range(done[-1].start, run.stop)
+        else:
+            done.append(run)
+    return done
+
+
+def _clusters(
+    plan: BlockPlan, part: Part, heads: range, rank: int, keys: Tensor
+) -> Iterator[list[Run]]:
+    """The rank's queries that see some of the key blocks ``keys``, apart where far apart."""
+    scene = part.scene
+    held = _inside(runs_of(plan.queries, rank), scene.stop)
+    index = _blocks_of(held, scene.block_q)
+    if not len(index) or not len(keys):
+        return
+    query, block = plan.needed(scene, heads, index)
+    among = torch.zeros(scene.key_blocks, dtype=torch.bool)
+    among[keys] = True
+    seeing = torch.zeros(scene.query_blocks, dtype=torch.bool)
+    seeing[index[query[among[block]]]] = True
+    cluster: list[Run] = []
+    for run in held:
+        for piece in _runs_within(run, seeing, scene.block_q):
+            end = cluster[-1].row + len(cluster[-1].tokens) if cluster else 0
+            if cluster and _APART * (piece.row - end) > plan.queries.size:
+                yield cluster
+                cluster = []
+            cluster.append(piece)
+    if cluster:
+        yield cluster

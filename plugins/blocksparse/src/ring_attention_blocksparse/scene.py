@@ -1,0 +1,233 @@
+"""What a pattern looks at: tokens, their documents, the mask, and the blocks that tokens fall into.
+
+Everything here is asked for many blocks at a time, and costs time and memory in proportion to the
+answer, never to all pairs of blocks. Tensors are int64 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ring_core.masks import Band
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Some query blocks.
+
+    Attributes:
+        index: [n], which ones. first, last: [n], their first and last token.
+    """
+
+    index: Tensor
+    first: Tensor
+    last: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.index.device
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Key blocks that some query blocks see, under a pattern and no mask.
+
+    A pair may stand in it twice, and blocks may lie outside of the sequence: such pairs are
+    dropped.
+
+    Attributes:
+        query: [m], a place in the query blocks that were asked for. block: [m], a key block.
+        whole: bool [m], whether every token of the one surely sees every token of the other.
+        some: bool [m], whether some token of the one surely sees one of the other. Where neither
+            is sure, pairs of tokens are looked at.
+    """
+
+    query: Tensor
+    block: Tensor
+    whole: Tensor
+    some: Tensor
+
+    def where(self, kept: Tensor) -> Reach:
+        """Some of the pairs; ``kept`` is bool [m]."""
+        return Reach(self.query[kept], self.block[kept], self.whole[kept], self.some[kept])
+
+    @staticmethod
+    def together(reaches: list[Reach]) -> Reach:
+        """What any of them has."""
+        return Reach(
+            *(
+                torch.cat([getattr(one, name) for one in reaches])
+                for name in ("query", "block", "whole", "some")
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A sequence under a mask.
+
+    Attributes:
+        length: tokens.
+        documents: ascending; a token sees only its own document, one outside of all sees nothing.
+        band: bounds ``j - i``: causal and window.
+        block_q, block_kv: tokens of a query block and of a key block.
+    """
+
+    length: int
+    documents: tuple[range, ...]
+    band: Band
+    block_q: int
+    block_kv: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: thousands of documents are a key of several caches."""
+        return hash((self.length, self.documents, self.band, self.block_q, self.block_kv))
+
+    @property
+    def query_blocks(self) -> int:
+        """How many query blocks there are."""
+        return -(-self.length // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        """How many key blocks there are."""
+        return -(-self.length // self.block_kv)
+
+    @property
+    def stop(self) -> int:
+        """The token behind the last document."""
+        return self.documents[-1].stop if self.documents else 0
+
+    def blocks(self, index: Tensor) -> Blocks:
+        """The query blocks of that ``index``."""
+        first = index * self.block_q
+        return Blocks(index, first, (first + self.block_q - 1).clamp_max(self.length - 1))
+
+    def keys(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last token of key blocks."""
+        first = block * self.block_kv
+        return first, (first + self.block_kv - 1).clamp_max(self.length - 1)
+
+    # The mask
+
+    def bounds(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last key that the mask lets queries ``i`` see; last < first where there is
+        none. Both grow with i, from document to document too."""
+        start, stop = self.document(i)
+        lo, hi = start, stop - 1
+        if self.band.lo is not None:
+            lo = torch.maximum(lo, i + self.band.lo)
+        if self.band.hi is not None:
+            hi = torch.minimum(hi, i + self.band.hi)
+        return lo, hi
+
+    def admits(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether the mask lets query i see key j: bool, of the shape that both broadcast to."""
+        lo, hi = self.bounds(i)
+        return (lo <= j) & (j <= hi)
+
+    def document(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """First token of the documents of tokens ``i``, and the one behind the last; both i where
+        it has none."""
+        starts, stops = _ends(self.documents, i.device)
+        if not len(starts):
+            return i, i
+        which = (torch.searchsorted(starts, i.contiguous(), right=True) - 1).clamp_min(0)
+        start, stop = starts[which], stops[which]
+        inside = (start <= i) & (i < stop)
+        return torch.where(inside, start, i), torch.where(inside, stop, i)
+
+    def documents_of(self, q: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """The documents that query blocks hold tokens of, one behind the other: [m], the place in
+        ``q``; each document's first token, and the one behind its last."""
+        starts, stops = _ends(self.documents, q.device)
+        first = torch.searchsorted(stops, q.first, right=True)
+        count = (torch.searchsorted(starts, q.last, right=True) - first).clamp_min(0)
+        query, place = ragged(count)
+        which = first[query] + place
+        return query, starts[which], stops[which]
+
+    def visible(self, q: Blocks) -> tuple[Tensor, Tensor]:
+        """First and last key block of which the mask lets any pair through. All between are too:
+        every query sees itself, so what neighbours see overlaps or touches."""
+        lo, _ = self.bounds(q.first)
+        # Padding of a batch lies behind the last document: what blocks hold of it sees nothing.
+        _, hi = self.bounds(q.last.clamp_max(self.stop - 1))
+        return lo // self.block_kv, hi.div(self.block_kv, rounding_mode="floor")
+
+    # What patterns are made of
+
+    def between(self, q: Blocks, query: Tensor, first: Tensor, last: Tensor) -> Reach:
+        """Key blocks that hold tokens from ``first`` to ``last`` and are visible.
+
+        Args:
+            query: [n], places in ``q``. first, last: [n], tokens; nothing where last < first.
+
+        Returns:
+            Pairs with ``some`` True and ``whole`` False.
+        """
+        low, high = (x[query] for x in self.visible(q))
+        begin = torch.maximum(first.div(self.block_kv, rounding_mode="floor"), low)
+        end = torch.minimum(last.div(self.block_kv, rounding_mode="floor"), high)
+        count = torch.where(last < first, 0, end - begin + 1).clamp_min(0)
+        which, place = ragged(count)
+        block = begin[which] + place
+        sure = torch.ones_like(block, dtype=torch.bool)
+        return Reach(query[which], block, ~sure, sure)
+
+    def offsets(self, q: Blocks, step: int, low: int | None, high: int | None) -> Reach:
+        """Key blocks with a token whose distance ``j - i`` from a query is a multiple of ``step``,
+        and from ``low`` to ``high`` (None: unbounded)."""
+        each = torch.arange(len(q.index), device=q.device)
+        seen_first, seen_last = (self.keys(x)[i] for i, x in enumerate(self.visible(q)))
+        if step > self.block_kv:
+            # Tokens that the block's queries see at one multiple are neighbours; then comes a gap.
+            fewest = (seen_first - q.last).div(step, rounding_mode="floor")
+            most = (seen_last - q.first).div(step, rounding_mode="floor")
+            if low is not None:
+                fewest = fewest.clamp_min(-(-low // step))
+            if high is not None:
+                most = most.clamp_max(high // step)
+            which, place = ragged((most - fewest + 1).clamp_min(0))
+            apart = (fewest[which] + place) * step
+            found = self.between(q, each[which], q.first[which] + apart, q.last[which] + apart)
+        else:
+            begin = seen_first if low is None else torch.maximum(seen_first, q.first + low)
+            end = seen_last if high is None else torch.minimum(seen_last, q.last + high)
+            found = self.between(q, each, begin, end)
+        first, last = self.keys(found.block)
+        least, largest = first - q.last[found.query], last - q.first[found.query]
+        inside = torch.ones_like(found.some)
+        if low is not None:
+            inside &= least >= low
+            least = least.clamp_min(low)
+        if high is not None:
+            inside &= largest <= high
+            largest = largest.clamp_max(high)
+        hit = largest.div(step, rounding_mode="floor") * step >= least
+        return Reach(found.query, found.block, inside if step == 1 else ~found.some, hit).where(hit)
+
+
+def ragged(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For counts [n] the lists 0..count-1 end to end: to which entry each item belongs, and its
+    place in that entry's list."""
+    which = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    start = torch.cumsum(count, 0) - count
+    return which, torch.arange(len(which), device=count.device) - start[which]
+
+
+@lru_cache(maxsize=64)
+def _ends(documents: tuple[range, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        starts = torch.tensor([one.start for one in documents], dtype=torch.int64, device=device)
+        stops = torch.tensor([one.stop for one in documents], dtype=torch.int64, device=device)
+    return starts, stops

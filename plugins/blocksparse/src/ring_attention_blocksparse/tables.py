@@ -1,0 +1,274 @@
+"""Block tables: for the rows of a tile which pieces of queries meet which pieces of keys.
+
+A *piece* is what a run of tokens has in one block of the pattern's: neighbouring rows, at most a
+block of them. Pieces that see all of each other are full; for the others there is a mask of one bit
+a pair, stored once however many pairs of pieces have the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ring_attention_blocksparse.pairs import Span, admitted, candidates, seen
+from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.scene import Scene, ragged
+from ring_core.tiling import Run
+
+_PAIRS = 1 << 24
+"""Pairs of tokens looked at together."""
+FULL = -1
+"""In place of a mask's number: all is seen."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of a tile's rows, ascending.
+
+    Attributes:
+        row, size: [n], a piece's first row and how many there are.
+        token, step: [n], the first row's token, and how far the next one's is from it.
+        block: [n], the block that the tokens are in. largest: of the sizes.
+    """
+
+    row: Tensor
+    size: Tensor
+    token: Tensor
+    step: Tensor
+    block: Tensor
+    largest: int
+
+    @staticmethod
+    def of(runs: Sequence[Run], block: int, device: torch.device) -> Pieces:
+        """Cut runs at the borders of blocks of ``block`` tokens."""
+        columns = [(run.row, run.tokens.start, run.tokens.step, len(run.tokens)) for run in runs]
+        row, token, step, count = torch.tensor(columns, dtype=torch.int64).view(-1, 4).unbind(1)
+        first, last = token // block, (token + (count - 1) * step) // block
+        which, place = ragged(last - first + 1)
+        index = first[which] + place
+        token, step, row, count = token[which], step[which], row[which], count[which]
+        # The first of the run's tokens that the block has, and the first behind it.
+        begin = -(-(index * block - token).clamp_min(0) // step)
+        end = torch.minimum(-(-((index + 1) * block - token) // step), count)
+        kept = begin < end
+        found = (row + begin, end - begin, token + begin * step, step, index)
+        pieces = [x[kept].to(device) for x in found]
+        return Pieces(*pieces, largest=int((end - begin).max()) if len(which) else 1)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def last(self) -> Tensor:
+        """[n]: the last row's token."""
+        return self.token + (self.size - 1) * self.step
+
+    def span(self, which: Tensor) -> Span:
+        """Some pieces' tokens."""
+        return Span(self.token[which], self.last[which], self.largest, self.step[which])
+
+
+@dataclass(frozen=True)
+class Lists:
+    """For each piece of one side those of the other, ascending; list after list.
+
+    Attributes:
+        start: int32 [lists + 1]. other: int32 [pairs], a piece. mask: int32 [pairs], a number of a
+            mask, or :data:`FULL`.
+    """
+
+    start: Tensor
+    other: Tensor
+    mask: Tensor
+
+    @staticmethod
+    def of(lists: int, which: Tensor, other: Tensor, mask: Tensor) -> Lists:
+        """From pairs sorted by list and piece; ``which`` beyond the lists is left out."""
+        edges = torch.arange(lists + 1, device=which.device)
+        start = torch.searchsorted(which, edges)
+        return Lists(start.int(), other.int(), mask.int())
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a kernel needs of a block-sparse tile.
+
+    There is a list for each batch row, KV head and piece, in this order; where all batch rows or
+    all heads are alike, ``batch`` or ``heads`` is 1.
+
+    Attributes:
+        q, kv: the pieces.
+        by_query: for each piece of queries those of keys. by_key: the other way.
+        bits: int32 [masks, q.largest, ceil(kv.largest / 32)]: bit y % 32 of word y // 32 says
+            whether row x of a piece of queries sees row y of one of keys.
+    """
+
+    q: Pieces
+    kv: Pieces
+    batch: int
+    heads: int
+    by_query: Lists
+    by_key: Lists
+    bits: Tensor
+
+    @staticmethod
+    def of_pairs(
+        q: Pieces,
+        kv: Pieces,
+        bits: Tensor,
+        batch: int,
+        heads: int,
+        which: Tensor,
+        other: Tensor,
+        mask: Tensor,
+    ) -> Tables:
+        """From pairs, sorted: ``which`` counts lists of queries, and lies beyond them where a pair
+        is none; ``other`` is a piece of keys."""
+        lists = batch * heads
+        layer = which // max(1, len(q))
+        back = torch.where(layer < lists, layer * len(kv) + other, lists * len(kv))
+        back, order = torch.sort(back, stable=True)
+        return Tables(
+            q,
+            kv,
+            batch,
+            heads,
+            Lists.of(lists * len(q), which, other, mask),
+            Lists.of(lists * len(kv), back, (which % max(1, len(q)))[order], mask[order]),
+            bits,
+        )
+
+    def unpacked(self, mask: Tensor) -> Tensor:
+        """Masks of some numbers, :data:`FULL` among them: bool [..., q.largest, kv.largest]."""
+        if not len(self.bits):
+            shape = (*mask.shape, self.q.largest, self.kv.largest)
+            return torch.ones(shape, dtype=torch.bool, device=mask.device)
+        words = self.bits[mask.long().clamp_min(0)]
+        place = torch.arange(32, dtype=torch.int32, device=mask.device)
+        found = (words[..., None] >> place & 1).bool().flatten(-2)[..., : self.kv.largest]
+        return found | (mask == FULL)[..., None, None]
+
+    def dense(self, rows: range, nk: int) -> Tensor:
+        """Which of some query rows see which of ``nk`` keys: bool [batch, heads, 1, rows, nk]."""
+        device, lists = self.bits.device, self.batch * self.heads
+        count = self.by_query.start.diff().long()
+        which, _ = ragged(count)
+        found = torch.zeros(lists * len(rows) * nk, dtype=torch.bool, device=device)
+        for some in torch.arange(len(which), device=device).split(
+            max(1, _PAIRS // (self.q.largest * self.kv.largest))
+        ):
+            layer, mine = which[some] // len(self.q), which[some] % len(self.q)
+            theirs = self.by_query.other[some].long()
+            x, there_x = _rows(self.q, mine)
+            y, there_y = _rows(self.kv, theirs)
+            there_x &= (x >= rows.start) & (x < rows.stop)
+            shown = self.unpacked(self.by_query.mask[some])
+            shown = shown & there_x[:, :, None] & there_y[:, None, :]
+            place = (layer[:, None, None] * len(rows) + (x - rows.start)[:, :, None]) * nk
+            found[(place + y[:, None, :])[shown]] = True
+        return found.view(self.batch, self.heads, 1, len(rows), nk)
+
+    def pairs(self) -> int:
+        """Visible pairs of rows, summed over lists."""
+        count = self.by_query.start.diff().long()
+        which, _ = ragged(count)
+        mine = self.q.size[which % max(1, len(self.q))]
+        areas = mine * self.kv.size[self.by_query.other.long()]
+        if not len(self.bits):
+            return int(areas.sum())
+        ones = popcount(self.bits).flatten(1).sum(1)
+        mask = self.by_query.mask.long()
+        return int(torch.where(mask == FULL, areas, ones[mask.clamp_min(0)]).sum())
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of pieces for one head, sorted: places in ``q``, in ``kv``, and their mask's number."""
+
+    q: Tensor
+    kv: Tensor
+    mask: Tensor
+
+
+class Bits:
+    """Masks of pairs of pieces, each stored once."""
+
+    def __init__(self, q: Pieces, kv: Pieces) -> None:
+        self._words = -(-kv.largest // 32)
+        self._shape = (q.largest, self._words)
+        device = q.row.device
+        self._found = [torch.zeros(0, q.largest * self._words, dtype=torch.int32, device=device)]
+        self._number = 0
+
+    def add(self, shown: Tensor) -> Tensor:
+        """Numbers [n] of the masks ``shown``, bool [n, q.largest, kv.largest]."""
+        words = packed(shown).flatten(1)
+        unique, which = torch.unique(words, dim=0, return_inverse=True)
+        self._found.append(unique)
+        first, self._number = self._number, self._number + len(unique)
+        return which + first
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """All masks, each once: int32 [masks, *shape]; and which of them each number means."""
+        unique, which = torch.unique(torch.cat(self._found), dim=0, return_inverse=True)
+        return unique.view(-1, *self._shape), which
+
+
+def pairs_of(
+    scene: Scene, patterns: Sequence[Pattern], head: int, q: Pieces, kv: Pieces, bits: Bits
+) -> Pairs:
+    """Pairs of pieces that see some of each other; masks are numbered as ``bits`` does."""
+    index, place = torch.unique(q.block, return_inverse=True)
+    blocks = scene.blocks(index)
+    found = candidates(scene, patterns, blocks, head)
+    # From pairs of blocks to pairs of pieces: a block may have several on either side.
+    by_place, by_block = torch.argsort(place, stable=True), torch.argsort(kv.block, stable=True)
+    x, of_query = _expand(place[by_place], by_place, found.query)
+    y, of_block = _expand(kv.block[by_block], by_block, found.block[of_query])
+    x, which = x[of_block], of_query[of_block]
+    order = torch.argsort(x * max(1, len(kv)) + y)
+    x, y, whole = x[order], y[order], found.whole[which[order]]
+    clear = admitted(scene, q.token[x], q.last[x], kv.token[y], kv.last[y])
+    mask = torch.full_like(x, FULL)
+    kept = whole & clear.whole
+    looked_at = (~kept & clear.some).nonzero().squeeze(1)
+    for some in looked_at.split(max(1, _PAIRS // (q.largest * kv.largest))):
+        shown = seen(scene, patterns, q.span(x[some]), kv.span(y[some]), whole[some])
+        area = q.size[x[some]] * kv.size[y[some]]
+        ones = shown.flatten(1).sum(1)
+        kept[some] = ones > 0
+        part = (ones > 0) & (ones < area)
+        mask[some[part]] = bits.add(shown[part])
+    return Pairs(x[kept], y[kept], mask[kept])
+
+
+def _expand(keys: Tensor, order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """For each wanted key all entries that have it: the entries, and for which of the wanted."""
+    first = torch.searchsorted(keys, wanted)
+    count = torch.searchsorted(keys, wanted, right=True) - first
+    which, place = ragged(count)
+    return order[first[which] + place], which
+
+
+def _rows(pieces: Pieces, which: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, largest]: rows of some pieces, and whether they have so many."""
+    place = torch.arange(pieces.largest, device=which.device)
+    there = place < pieces.size[which][:, None]
+    return pieces.row[which][:, None] + place * there, there
+
+
+def packed(shown: Tensor) -> Tensor:
+    """bool [..., y] as int32 [..., ceil(y / 32)]."""
+    words = torch.nn.functional.pad(shown, (0, -shown.shape[-1] % 32))
+    place = torch.arange(32, device=shown.device)
+    found = (torch.unflatten(words, -1, (-1, 32)).long() << place).sum(-1)
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+
+
+def popcount(words: Tensor) -> Tensor:
+    """How many bits of int32 words are set: int64."""
+    place = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words[..., None] >> place & 1).sum(-1)
