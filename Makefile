@@ -13,7 +13,7 @@ help:
 	@echo "make benchmark  time and memory on this CPU, into benchmarks/results"
 	@echo "make clean      remove the virtual environment and caches"
 
-$(INSTALLED): pyproject.toml plugins/standard/pyproject.toml requirements-dev.txt constraints.txt
+$(INSTALLED): pyproject.toml $(wildcard plugins/*/pyproject.toml) requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
 	touch $@

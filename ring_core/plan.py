@@ -248,6 +248,9 @@ class ForHeads(Plan):
     def share(self, heads: Heads) -> Fraction:
         return Fraction(heads.count(self.kv_heads), self.kv_heads)
 
+    def work(self, rank: int, batch: int = 1) -> Fraction:
+        return self.whole.work(rank, batch)
+
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         return [
             part

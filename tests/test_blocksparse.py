@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from ring_attention_blocksparse import reference as patterns_reference
 from ring_attention_blocksparse.config import BlockSparseConfig
@@ -60,10 +59,32 @@ class TestBlockSparse(Conformance):
         ),
     )
     sequences: ClassVar = {
-        name: sequence
-        for name, sequence in Conformance.sequences.items()
-        if "cross" not in name and "more" not in name
+        name: Conformance.sequences[name]
+        for name in (
+            "odd",
+            "shorter than the group",
+            "one token",
+            "batch",
+            "many queries per key",
+            "packed batch",
+            "padded",
+        )
     }
+    half: ClassVar = {**Conformance.half, "seq_len": 256}
 
     def visible(self, case: Case) -> torch.Tensor:
         return shown(case)
+
+    def hidden(self, case: Case) -> torch.Tensor:
+        """Where blocks are chosen, all tokens of visible blocks have a say in it."""
+        config = BlockSparseConfig(**case.fields)
+        if not any(pattern.chosen for pattern in config.patterns):
+            return super().hidden(case)
+        mask = visible_of(case).expand(case.batch, 1, case.q_len, case.k_len)[:, 0]
+        size_q, size_kv = config.block_q, config.block_kv
+        first = case.q_len // 2 // size_q * size_q
+        seen = mask[:, first : first + size_q].any(1)
+        blocks = torch.nn.functional.pad(seen, (0, -case.k_len % size_kv)).unflatten(
+            1, (-1, size_kv)
+        )
+        return ~blocks.any(2).repeat_interleave(size_kv, dim=1)[:, : case.k_len]

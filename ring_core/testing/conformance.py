@@ -68,7 +68,7 @@ class Conformance:
     """Sequences to test, by a name that stands in the test's id."""
 
     half: ClassVar[Mapping[str, Any]] = {
-        "seq_len": 1024,
+        "seq_len": 512,
         "heads": 4,
         "kv_heads": 2,
         "head_dim": 64,

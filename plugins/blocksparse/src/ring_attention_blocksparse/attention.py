@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from ring_attention_standard.planner import plan_branches
 from torch import Tensor
 
-from ring_attention_blocksparse.choosing import choose
+from ring_attention_blocksparse.choosing import choose, density_of
 from ring_attention_blocksparse.config import BlockSparseConfig
 from ring_attention_blocksparse.mask import Choice
 from ring_attention_blocksparse.planner import BlockPlan, plan_blocks
@@ -26,6 +27,20 @@ class BlockSparseRingAttention(BaseRingAttention):
 
     config_class = BlockSparseConfig
     config: BlockSparseConfig
+    _latest: tuple[BlockPlan, int, int, Choice | None] | None = None
+
+    @property
+    def density(self) -> float:
+        """Of the latest call on this rank: block pairs that were computed, as a share of those that
+        the mask leaves this rank's queries. A plan's own ``density()`` is over all ranks, and
+        known before a call.
+
+        Where blocks are chosen by the tensors, this waits for a GPU.
+        """
+        if self._latest is None:
+            return 1.0
+        plan, rank, kv_heads, choice = self._latest
+        return density_of(plan.for_heads(kv_heads), rank, choice)
 
     def make_plan(self, sequences: Sequences, world: int) -> Plan:
         if self.config.patterns is None:
@@ -35,5 +50,11 @@ class BlockSparseRingAttention(BaseRingAttention):
 
     def choose(self, plan: RankPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice | None:
         if not isinstance(plan.plan, BlockPlan):
+            self._latest = None
             return None
-        return choose(plan.plan, q, k, exchange)
+        choice = choose(plan.plan, q, k, exchange)
+        self._latest = plan.plan, plan.rank, k.shape[2], choice
+        return choice
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_latest": None}

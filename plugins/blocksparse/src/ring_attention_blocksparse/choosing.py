@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ring_attention_blocksparse.mask import Choice
+from ring_attention_blocksparse.pairs import active, admitted_count
+from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.planner import BlockPlan
 from ring_attention_blocksparse.scene import Scene
 from ring_attention_blocksparse.tables import Pieces
-from ring_attention_blocksparse.whole import TopK
 from ring_core.exchange import Exchange
 from ring_core.layout import Layout
 from ring_core.rows import grouped
@@ -31,7 +32,7 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
     Args:
         q: [B, S, Hq, D]. k: [B, S, Hkv, D]: this rank's shards.
     """
-    patterns = [pattern for pattern in plan.patterns if isinstance(pattern, TopK)]
+    patterns = [pattern for pattern in plan.patterns if pattern.chosen]
     if not patterns:
         return None
     scene, dtype = plan.parts[0].scene, accumulation_dtype(q.dtype)
@@ -48,9 +49,9 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
         )
     )
     index = _held(plan.queries, scene.block_q, exchange.rank).to(q.device)
-    blocks = {
+    blocks: dict[Pattern, Tensor] = {
         pattern: torch.full(
-            (q.shape[0], k.shape[2], len(index), min(pattern.blocks, scene.key_blocks)),
+            (q.shape[0], k.shape[2], len(index), min(pattern.chosen, scene.key_blocks)),
             -1,
             dtype=torch.int64,
             device=q.device,
@@ -61,11 +62,47 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
         rows = part.batch if part.batch is not None else range(q.shape[0])
         batch = slice(rows.start, rows.stop)
         step = max(1, _ELEMENTS // (len(rows) * k.shape[2] * scene.key_blocks))
-        for some in torch.arange(len(index), device=q.device).split(step):
+        for some in torch.split(torch.arange(len(index), device=q.device), step):
             scores = _scores(part.scene, index[some], queries[batch], keys[batch])
             for found in blocks.values():
                 found[batch, :, some] = _best(scores, found.shape[-1])
     return Choice(index, blocks)
+
+
+def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
+    """Block pairs that ``rank`` computes, as a share of those that the mask leaves its queries: the
+    mean over heads and batch rows.
+
+    Args:
+        plan: for some number of KV heads. choice: of a call, if patterns make one.
+    """
+    assert plan.kv_heads is not None
+    shown = left = 0.0
+    for part in plan.parts:
+        scene = part.scene
+        index = _held(plan.queries, scene.block_q, rank)
+        visible = float(admitted_count(scene)[index].sum())
+        rows = 1 if part.batch is None else len(part.batch)
+        if choice is not None and part.batch is None:
+            rows = next(iter(choice.blocks.values())).shape[0]
+        left += rows * visible * plan.kv_heads
+        first = 0 if part.batch is None else part.batch.start
+        for head in range(plan.kv_heads):
+            patterns = plan.of_head(head)
+            if not patterns:
+                continue
+            query, block = active(scene, patterns, head).of(index)
+            keys = query * scene.key_blocks + block
+            chosen = [pattern for pattern in patterns if pattern.chosen]
+            if choice is None or not chosen:
+                shown += rows * len(keys)
+                continue
+            for b in range(first, first + rows):
+                found = [choice.blocks[pattern][b, head].cpu() for pattern in chosen]
+                place = torch.arange(len(index))[:, None] * scene.key_blocks
+                more = [(place + x)[x >= 0] for x in found]
+                shown += len(torch.unique(torch.cat([keys, *more])))
+    return shown / left if left else 0.0
 
 
 def _pooled(layout: Layout, size: int, x: Tensor, stops: Tensor, exchange: Exchange) -> Tensor:
@@ -84,7 +121,8 @@ def _pooled(layout: Layout, size: int, x: Tensor, stops: Tensor, exchange: Excha
         total.index_add_(1, index.to(x.device), sums)
     first = torch.arange(count, device=x.device) * size
     tokens = (stops[:, None] - first).clamp(0, size).clamp_min(1) * x.shape[3]
-    return total / tokens[:, :, None, None]
+    means: Tensor = total / tokens[:, :, None, None]
+    return means
 
 
 def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Tensor:
@@ -95,7 +133,7 @@ def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Ten
     target = torch.searchsorted(index.to(x.device), pieces.block)
     place = torch.arange(pieces.largest, device=x.device)
     step = max(1, _ELEMENTS // (pieces.largest * x[:, 0].numel()))
-    for some in torch.arange(len(pieces), device=x.device).split(step):
+    for some in torch.split(torch.arange(len(pieces), device=x.device), step):
         there = place < pieces.size[some][:, None]
         rows = pieces.row[some][:, None] + place * there
         tokens = pieces.token[some][:, None] + place * pieces.step[some][:, None]
@@ -108,7 +146,8 @@ def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Ten
 @lru_cache(maxsize=256)
 def _held(layout: Layout, size: int, rank: int) -> Tensor:
     """The blocks that a rank holds tokens of, ascending."""
-    return torch.unique(Pieces.of(runs_of(layout, rank), size, torch.device("cpu")).block)
+    blocks: Tensor = torch.unique(Pieces.of(runs_of(layout, rank), size, torch.device("cpu")).block)
+    return blocks
 
 
 def _scores(scene: Scene, index: Tensor, queries: Tensor, keys: Tensor) -> Tensor:

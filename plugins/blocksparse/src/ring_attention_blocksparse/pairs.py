@@ -53,7 +53,7 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
     doubtful = (~sure & clear.some).nonzero().squeeze(1)
     kept = sure.clone()
     step = max(1, _PAIRS // (scene.block_q * scene.block_kv))
-    for some in doubtful.split(step):
+    for some in torch.split(doubtful, step):
         kept[some] = (
             seen(
                 scene,

@@ -6,7 +6,7 @@ Importing this module imports no torch: it describes configs, too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,13 +31,21 @@ class Pattern(BaseModel):
     heads: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     """KV heads that have this pattern, each with the query heads that it serves; None: all."""
 
-    chosen: ClassVar[bool] = False
-    """Whether blocks are chosen in each call, by its tensors."""
+    @property
+    def chosen(self) -> int:
+        """How many key blocks are chosen for a query block in each call, by the products of mean
+        queries and mean keys; those of :meth:`reach` among them."""
+        return 0
 
     @property
     def varies(self) -> bool:
         """Whether heads that have this pattern see different keys."""
         return False
+
+    @property
+    def kv_heads(self) -> int | None:
+        """How many KV heads there must be; None: any number."""
+        return None
 
     def applies(self, head: int) -> bool:
         """Whether KV head ``head`` has this pattern."""
@@ -68,6 +76,8 @@ class Pattern(BaseModel):
 
     def check_heads(self, kv_heads: int) -> str | None:
         """What is wrong with this pattern for so many KV heads, or None."""
+        if self.kv_heads not in (None, kv_heads):
+            return f"is for {self.kv_heads} KV heads, and there are {kv_heads}"
         if self.heads is not None and max(self.heads) >= kv_heads:
             return f"heads={list(self.heads)}, and there are {kv_heads} KV heads, counted from 0"
         return None

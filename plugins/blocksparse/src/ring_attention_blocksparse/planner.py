@@ -113,6 +113,9 @@ class BlockPlan(Plan):
         return tuple(pattern for pattern in self.patterns if pattern.applies(head))
 
     def _named_heads(self) -> int:
+        fixed = [p.kv_heads for p in self.patterns if p.kv_heads is not None]
+        if fixed:
+            return fixed[0]
         named = [max(p.heads) + 1 for p in self.patterns if p.heads is not None]
         return max(named) + 1 if named else 1
 
@@ -262,7 +265,7 @@ def _degrees(scene: Scene, weights: tuple[tuple[tuple[Pattern, ...], range, floa
         each = heads if any(pattern.varies for pattern in patterns) else heads[:1]
         counts = [active(scene, patterns, head).count().double() for head in each]
         count = torch.stack(counts).mean(0)
-        most = sum(pattern.blocks for pattern in patterns if pattern.chosen)
+        most = sum(pattern.chosen for pattern in patterns)
         if most:
             # Of what is chosen, the query block's own tokens are in the static pattern already.
             count = torch.minimum(

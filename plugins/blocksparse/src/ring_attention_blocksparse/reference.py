@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,25 +55,36 @@ def density(seen: Tensor, mask: Tensor, block_q: int, block_kv: int) -> float:
     return found / (len(seen) * left) if left else 0.0
 
 
-def _pairs(pattern, head, length, visible, block_q, block_kv, starts, mask, q, k) -> Tensor:
+def _pairs(
+    pattern: Any,
+    head: int,
+    length: int,
+    visible: Tensor,
+    block_q: int,
+    block_kv: int,
+    starts: Sequence[int],
+    mask: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+) -> Tensor:
+    found: Tensor
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     match pattern.kind:
         case "local":
-            return (i - pattern.left <= j) & (j <= i + pattern.right)
+            found = (i - pattern.left <= j) & (j <= i + pattern.right)
         case "strided":
-            return (i - j) % pattern.stride == 0
+            found = (i - j) % pattern.stride == 0
         case "dilated":
             near = (i - j).abs() <= pattern.window * pattern.rate
-            return near & ((i - j) % pattern.rate == 0)
+            found = near & ((i - j) % pattern.rate == 0)
         case "sink":
             start = torch.tensor([max(s for s in starts if s <= t) for t in range(length)])[:, None]
-            return (start <= j) & (j < start + pattern.n)
+            found = (start <= j) & (j < start + pattern.n)
         case "global_tokens":
             ids = [t for t in pattern.ids if t < length]
             found = torch.zeros(length, length, dtype=torch.bool)
             found[ids, :] = True
             found[:, ids] = True
-            return found
         case "neighborhood":
             radius = pattern.radius
             if isinstance(radius, int):
@@ -80,7 +92,6 @@ def _pairs(pattern, head, length, visible, block_q, block_kv, starts, mask, q, k
             found = torch.ones(length, length, dtype=torch.bool)
             for cell, r in zip(_cells(pattern.grid), radius, strict=True):
                 found &= (cell[:, None] - cell[None, :]).abs() <= r
-            return found
         case "window_blocks":
             shift = pattern.shift
             if isinstance(shift, int):
@@ -89,17 +100,20 @@ def _pairs(pattern, head, length, visible, block_q, block_kv, starts, mask, q, k
             for cell, size, s in zip(_cells(pattern.grid), pattern.shape, shift, strict=True):
                 window = torch.floor((cell - s) / size)
                 found &= window[:, None] == window[None, :]
-            return found
         case "random":
-            table = _drawn(pattern, head, visible)
+            found = _drawn(pattern, head, visible)[i // block_q, j // block_kv]
         case "blocks":
             table = torch.tensor(pattern.table)
             table = table[head] if table.ndim == 3 else table
+            found = table[i // block_q, j // block_kv]
         case "topk":
+            if q is None or k is None:
+                raise ValueError("topk is chosen by queries and keys: give q and k")
             table = _chosen(pattern, head, visible, block_q, block_kv, mask, q, k)
+            found = table[i // block_q, j // block_kv]
         case other:
             raise ValueError(f"no definition here of {other!r}")
-    return table[i // block_q, j // block_kv]
+    return found
 
 
 def _cells(grid: Sequence[int]) -> list[Tensor]:
@@ -118,7 +132,7 @@ def _any_of_blocks(mask: Tensor, block_q: int, block_kv: int) -> Tensor:
     return found
 
 
-def _drawn(pattern, head: int, visible: Tensor) -> Tensor:
+def _drawn(pattern: Any, head: int, visible: Tensor) -> Tensor:
     """The first numbers of a permutation of the visible blocks, one for each query block."""
     table = torch.zeros_like(visible)
     for x, row in enumerate(visible):
@@ -156,7 +170,14 @@ def _mix(x: int) -> int:
 
 
 def _chosen(
-    pattern, head: int, visible: Tensor, block_q: int, block_kv: int, mask: Tensor, q, k
+    pattern: Any,
+    head: int,
+    visible: Tensor,
+    block_q: int,
+    block_kv: int,
+    mask: Tensor,
+    q: Tensor,
+    k: Tensor,
 ) -> Tensor:
     """The best visible blocks by mean query times mean key; a block's own tokens always."""
     group = q.shape[1] // k.shape[1]

@@ -56,6 +56,11 @@ class Reach:
         """Some of the pairs; ``kept`` is bool [m]."""
         return Reach(self.query[kept], self.block[kept], self.whole[kept], self.some[kept])
 
+    def at_most(self) -> Reach:
+        """The same pairs, of which nothing is sure: for patterns that see less of them."""
+        never = torch.zeros_like(self.whole)
+        return Reach(self.query, self.block, never, never)
+
     @staticmethod
     def together(reaches: list[Reach]) -> Reach:
         """What any of them has."""
@@ -178,7 +183,8 @@ class Scene:
         low, high = (x[query] for x in self.visible(q))
         begin = torch.maximum(first.div(self.block_kv, rounding_mode="floor"), low)
         end = torch.minimum(last.div(self.block_kv, rounding_mode="floor"), high)
-        count = torch.where(last < first, 0, end - begin + 1).clamp_min(0)
+        none = (last < first) | (last < 0) | (first >= self.length)
+        count = (end - begin + 1).masked_fill(none, 0).clamp_min(0)
         which, place = ragged(count)
         block = begin[which] + place
         sure = torch.ones_like(block, dtype=torch.bool)

@@ -31,7 +31,8 @@ class Pieces:
     Attributes:
         row, size: [n], a piece's first row and how many there are.
         token, step: [n], the first row's token, and how far the next one's is from it.
-        block: [n], the block that the tokens are in. largest: of the sizes.
+        block: [n], the block that the tokens are in.
+        largest, total: of the sizes, and their sum.
     """
 
     row: Tensor
@@ -40,6 +41,7 @@ class Pieces:
     step: Tensor
     block: Tensor
     largest: int
+    total: int
 
     @staticmethod
     def of(runs: Sequence[Run], block: int, device: torch.device) -> Pieces:
@@ -55,8 +57,10 @@ class Pieces:
         end = torch.minimum(-(-((index + 1) * block - token) // step), count)
         kept = begin < end
         found = (row + begin, end - begin, token + begin * step, step, index)
-        pieces = [x[kept].to(device) for x in found]
-        return Pieces(*pieces, largest=int((end - begin).max()) if len(which) else 1)
+        rows, sizes, tokens, steps, blocks = (x[kept].to(device) for x in found)
+        size = (end - begin)[kept]
+        largest = int(size.max()) if len(size) else 1
+        return Pieces(rows, sizes, tokens, steps, blocks, largest, int(size.sum()))
 
     def __len__(self) -> int:
         return len(self.row)
@@ -73,23 +77,27 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Lists:
-    """For each piece of one side those of the other, ascending; list after list.
+    """For each piece of one side those of the other; list after list.
 
     Attributes:
         start: int32 [lists + 1]. other: int32 [pairs], a piece. mask: int32 [pairs], a number of a
             mask, or :data:`FULL`.
+        plain: int32 [lists], where in each list those begin that need no mask: full ones, and of
+            keys only those as large as any.
     """
 
     start: Tensor
     other: Tensor
     mask: Tensor
+    plain: Tensor
 
     @staticmethod
-    def of(lists: int, which: Tensor, other: Tensor, mask: Tensor) -> Lists:
-        """From pairs sorted by list and piece; ``which`` beyond the lists is left out."""
-        edges = torch.arange(lists + 1, device=which.device)
-        start = torch.searchsorted(which, edges)
-        return Lists(start.int(), other.int(), mask.int())
+    def of(lists: int, which: Tensor, other: Tensor, mask: Tensor, plain: Tensor) -> Lists:
+        """From pairs in any order, and whether each is plain."""
+        key, order = torch.sort(2 * which + plain, stable=True)
+        edges = 2 * torch.arange(lists + 1, device=which.device)
+        start, first = (torch.searchsorted(key, x).int() for x in (edges, edges[:-1] + 1))
+        return Lists(start, other[order].int(), mask[order].int(), first)
 
 
 @dataclass(frozen=True)
@@ -125,19 +133,18 @@ class Tables:
         other: Tensor,
         mask: Tensor,
     ) -> Tables:
-        """From pairs, sorted: ``which`` counts lists of queries, and lies beyond them where a pair
-        is none; ``other`` is a piece of keys."""
-        lists = batch * heads
-        layer = which // max(1, len(q))
-        back = torch.where(layer < lists, layer * len(kv) + other, lists * len(kv))
-        back, order = torch.sort(back, stable=True)
+        """From pairs, sorted by list and piece: ``which`` counts lists of queries, ``other`` is a
+        piece of keys."""
+        lists, size = batch * heads, max(1, len(q))
+        back, full = which // size * len(kv) + other, mask == FULL
+        plain = full & (kv.size[other] == kv.largest)
         return Tables(
             q,
             kv,
             batch,
             heads,
-            Lists.of(lists * len(q), which, other, mask),
-            Lists.of(lists * len(kv), back, (which % max(1, len(q)))[order], mask[order]),
+            Lists.of(lists * len(q), which, other, mask, plain),
+            Lists.of(lists * len(kv), back, which % size, mask, full),
             bits,
         )
 
@@ -157,9 +164,8 @@ class Tables:
         count = self.by_query.start.diff().long()
         which, _ = ragged(count)
         found = torch.zeros(lists * len(rows) * nk, dtype=torch.bool, device=device)
-        for some in torch.arange(len(which), device=device).split(
-            max(1, _PAIRS // (self.q.largest * self.kv.largest))
-        ):
+        step = max(1, _PAIRS // (self.q.largest * self.kv.largest))
+        for some in torch.split(torch.arange(len(which), device=device), step):
             layer, mine = which[some] // len(self.q), which[some] % len(self.q)
             theirs = self.by_query.other[some].long()
             x, there_x = _rows(self.q, mine)
@@ -208,8 +214,9 @@ class Bits:
         words = packed(shown).flatten(1)
         unique, which = torch.unique(words, dim=0, return_inverse=True)
         self._found.append(unique)
-        first, self._number = self._number, self._number + len(unique)
-        return which + first
+        number: Tensor = which + self._number
+        self._number += len(unique)
+        return number
 
     def result(self) -> tuple[Tensor, Tensor]:
         """All masks, each once: int32 [masks, *shape]; and which of them each number means."""
@@ -235,7 +242,7 @@ def pairs_of(
     mask = torch.full_like(x, FULL)
     kept = whole & clear.whole
     looked_at = (~kept & clear.some).nonzero().squeeze(1)
-    for some in looked_at.split(max(1, _PAIRS // (q.largest * kv.largest))):
+    for some in torch.split(looked_at, max(1, _PAIRS // (q.largest * kv.largest))):
         shown = seen(scene, patterns, q.span(x[some]), kv.span(y[some]), whole[some])
         area = q.size[x[some]] * kv.size[y[some]]
         ones = shown.flatten(1).sum(1)
@@ -265,7 +272,8 @@ def packed(shown: Tensor) -> Tensor:
     words = torch.nn.functional.pad(shown, (0, -shown.shape[-1] % 32))
     place = torch.arange(32, device=shown.device)
     found = (torch.unflatten(words, -1, (-1, 32)).long() << place).sum(-1)
-    return torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+    signed: Tensor = torch.where(found >= 1 << 31, found - (1 << 32), found)
+    return signed.int()
 
 
 def popcount(words: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -82,10 +82,9 @@ class GivenBlocks(Pattern):
             f"blocks of {scene.block_kv}"
         )
 
-    def check_heads(self, kv_heads: int) -> str | None:
-        if self.varies and len(self.table) != kv_heads:
-            return f"the table has {len(self.table)} KV heads, and there are {kv_heads}"
-        return super().check_heads(kv_heads)
+    @property
+    def kv_heads(self) -> int | None:
+        return len(self.table) if self.varies else None
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
         table = self._tensor(q.device)[head if self.varies else 0]
@@ -111,7 +110,9 @@ class TopK(Pattern):
     """How many, those among them that hold the query block's own tokens; all, where fewer are
     visible."""
 
-    chosen: ClassVar[bool] = True
+    @property
+    def chosen(self) -> int:
+        return self.blocks
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
         """What is seen however the choice falls: a block's own tokens."""

@@ -68,7 +68,7 @@ def share(memory: Tensor, group: Any) -> Any:
     return symmetric.rendezvous(memory, group.group_name)
 
 
-def _only_me() -> str:
+def _only_me() -> Any:
     """The name of a group of this process; made again where torch.distributed was."""
     global _alone
     try:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 
 from ring_attention_standard.branches import Branch
@@ -33,6 +34,11 @@ class BranchPlan(Plan):
 
     def for_heads(self, kv_heads: int) -> BranchPlan:
         return replace(self, kv_heads=kv_heads)
+
+    def share(self, heads: Heads) -> Fraction:
+        if self.kv_heads is None:
+            return super().share(heads)
+        return Fraction(heads.count(self.kv_heads), self.kv_heads)
 
     @property
     def masks(self) -> frozenset[type[Mask]]:

@@ -82,7 +82,7 @@ class Region:
     def stream(self) -> torch.cuda.Stream:
         """Where transfers run."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return self._stream
 
     def grow(self, memory: Memory, needed: int, device: torch.device, timeout: float) -> None:
@@ -125,7 +125,7 @@ class Region:
 
     def mark(self) -> torch.cuda.Event:
         """Reached when the region's stream did all it was given so far."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ring_attention_blocksparse.kernels.batched import Batched
+from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 from ring_core.protocols import AttentionKernel
 
-KERNELS: tuple[AttentionKernel, ...] = (Batched(),)
+KERNELS: tuple[AttentionKernel, ...] = (TritonBlocks(), Batched())

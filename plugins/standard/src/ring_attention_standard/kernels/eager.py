@@ -71,7 +71,7 @@ class Eager:
             q_rows = q[:, rows].to(wide)
             dout_rows = grouped(dout[:, rows].to(wide), kv_heads)
             scores = _scores(q_rows, k, scale).masked_fill(~seen, -torch.inf)
-            weights = _weights(scores, lse[:, :, rows].unflatten(1, (kv_heads, -1)))
+            weights = _weights(scores, torch.unflatten(lse[:, :, rows], 1, (kv_heads, -1)))
             kept = _kept(dropout, rows, kv_heads, wide)
             dv += torch.einsum("bkgij,bikgd->bjkd", weights * kept, dout_rows)
             delta = (dout_rows * grouped(out[:, rows].to(wide), kv_heads)).sum(-1)
@@ -107,4 +107,4 @@ def _kept(
 ) -> Tensor | float:
     if dropout is None:
         return 1.0
-    return dropout.factor(rows).to(dtype).unflatten(1, (kv_heads, -1))
+    return torch.unflatten(dropout.factor(rows).to(dtype), 1, (kv_heads, -1))

@@ -96,9 +96,12 @@ def _ends(mask: Diagonal, nq: int, nk: int, device: torch.device) -> Ends:
         if q:
             q_ends.append(q.stop)
             kv_ends.append(kv.stop)
-    there = (torch.tensor(x, dtype=torch.int32, device=device) for x in (q_ends, kv_ends))
-    longest = (max(b - a for a, b in pairwise(x)) for x in (q_ends, kv_ends))
-    return Ends(*there, *longest, sum(len(q) for q, _, _ in mask.pieces) < nq)
+    q_there, kv_there = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in (q_ends, kv_ends)
+    )
+    longest_q, longest_kv = (max(b - a for a, b in pairwise(x)) for x in (q_ends, kv_ends))
+    see_nothing = sum(len(q) for q, _, _ in mask.pieces) < nq
+    return Ends(q_there, kv_there, longest_q, longest_kv, see_nothing)
 
 
 def forward(

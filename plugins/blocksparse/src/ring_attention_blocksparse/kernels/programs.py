@@ -1,0 +1,366 @@
+"""Triton programs of block-sparse attention (FlashAttention-2, arXiv 2307.08691, over lists).
+
+One program for a part of a piece of rows and a head: it goes through the piece's list. One
+compilation serves every pattern: what a pair of pieces sees is data, a mask of one bit a pair.
+
+Sizes: BM rows of queries, BN rows of keys at a time; D and DV head sizes, PD and PDV the next
+powers of two. Scores are kept in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
+    q,
+    k,
+    v,
+    out,
+    lse,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    lse_strides,
+    lists,
+    bits,
+    q_pieces,
+    kv_pieces,
+    pieces,
+    heads,
+    group,
+    layers,
+    scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PD: tl.constexpr,
+    PDV: tl.constexpr,
+    LARGEST_Q: tl.constexpr,
+    LARGEST_KV: tl.constexpr,
+    WORDS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Out [B, S, H, DV] and lse [B, H, S] of BM rows of a piece of queries."""
+    piece, first = _part(LARGEST_Q, BM)
+    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    x, inside, rows = _rows(q_pieces, piece, first, BM)
+    queries = _load(q, q_strides, b, h, rows, inside, D, PD)
+    k += b.to(tl.int64) * k_strides[0] + h // group * k_strides[2]
+    v += b.to(tl.int64) * v_strides[0] + h // group * v_strides[2]
+    largest = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    summed = tl.zeros([BM, PDV], tl.float32)
+    start, plain, stop = _list(lists, layers, b, h // group, pieces, piece)
+    if LARGEST_KV % BN != 0:
+        plain = stop  # what is behind the end of a piece must be masked
+    largest, total, summed = _meet(
+        largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
+        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, True,
+    )  # fmt: skip
+    largest, total, summed = _meet(
+        largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
+        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, False,
+    )  # fmt: skip
+    seen = total > 0
+    summed = summed / tl.where(seen, total, 1.0)[:, None]
+    natural = (largest + tl.log2(tl.where(seen, total, 1.0))) / LOG2E
+    at = b.to(tl.int64) * lse_strides[0] + h * lse_strides[1] + rows * lse_strides[2]
+    tl.store(lse + at, tl.where(seen, natural, float("-inf")), inside)
+    _store(out, out_strides, b, h, rows, inside, summed, DV, PDV)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _meet(  # type: ignore[no-untyped-def]
+    largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
+    x, begin, end, scale,
+    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go on with pairs ``begin`` to ``end`` of a list: FlashAttention-2's online softmax."""
+    PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
+    for step in range(begin * PARTS, end * PARTS):
+        pair = step // PARTS
+        y, there, rows = _rows(kv_pieces, tl.load(lists[2] + pair), step % PARTS * BN, BN)
+        keys = _load_rows(k, k_strides, rows, there, D, PD)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+        if MASKED:
+            shown = _shown(lists, bits, pair, x[:, None], y[None, :], LARGEST_Q, LARGEST_KV, WORDS)
+            scores = tl.where(shown & there[None, :], scores, float("-inf"))
+        now = tl.maximum(largest, tl.max(scores, 1))
+        # exp2(-inf - -inf) is NaN; against 0 it is the 0 that a row weighs which saw nothing yet.
+        pivot = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
+        weights = tl.exp2(scores - pivot[:, None])
+        kept = tl.exp2(largest - pivot)
+        total = total * kept + tl.sum(weights, 1)
+        values = _load_rows(v, v_strides, rows, there, DV, PDV)
+        summed = summed * kept[:, None]
+        summed = tl.dot(weights.to(values.dtype), values, summed, input_precision="ieee")
+        largest = now
+    return largest, total, summed
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def deltas(  # type: ignore[no-untyped-def]
+    dout, out, delta, dout_strides, out_strides, rows, heads,
+    DV: tl.constexpr, PDV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Sums of dout * out over the head size: float32 [B, H, S]."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = row < rows
+    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    d_out = _load(dout, dout_strides, b, h, row, inside, DV, PDV).to(tl.float32)
+    found = _load(out, out_strides, b, h, row, inside, DV, PDV).to(tl.float32)
+    at = tl.program_id(1).to(tl.int64) * rows + row
+    tl.store(delta + at, tl.sum(d_out * found, 1), inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def query_gradients(  # type: ignore[no-untyped-def]
+    dout,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    dq,
+    dout_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    lse_strides,
+    delta_strides,
+    dq_strides,
+    lists,
+    bits,
+    q_pieces,
+    kv_pieces,
+    pieces,
+    heads,
+    group,
+    layers,
+    scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PD: tl.constexpr,
+    PDV: tl.constexpr,
+    LARGEST_Q: tl.constexpr,
+    LARGEST_KV: tl.constexpr,
+    WORDS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dq [B, S, H, D] of BM rows of a piece of queries."""
+    piece, first = _part(LARGEST_Q, BM)
+    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    x, inside, rows = _rows(q_pieces, piece, first, BM)
+    queries = _load(q, q_strides, b, h, rows, inside, D, PD)
+    d_out = _load(dout, dout_strides, b, h, rows, inside, DV, PDV)
+    sums = _sums(lse, lse_strides, b, h, rows, inside)
+    at = b.to(tl.int64) * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
+    less = tl.load(delta + at, inside, other=0.0)
+    k += b.to(tl.int64) * k_strides[0] + h // group * k_strides[2]
+    v += b.to(tl.int64) * v_strides[0] + h // group * v_strides[2]
+    summed = tl.zeros([BM, PD], tl.float32)
+    start, plain, stop = _list(lists, layers, b, h // group, pieces, piece)
+    summed = _query_gradients(
+        summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
+        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, True,
+    )  # fmt: skip
+    summed = _query_gradients(
+        summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
+        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, False,
+    )  # fmt: skip
+    _store(dq, dq_strides, b, h, rows, inside, summed * scale, D, PD)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _query_gradients(  # type: ignore[no-untyped-def]
+    summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
+    x, begin, end, scale,
+    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what pairs ``begin`` to ``end`` of a list give. Keys behind a piece's end are 0: they add
+    nothing."""
+    PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
+    for step in range(begin * PARTS, end * PARTS):
+        pair = step // PARTS
+        y, there, rows = _rows(kv_pieces, tl.load(lists[2] + pair), step % PARTS * BN, BN)
+        keys = _load_rows(k, k_strides, rows, there, D, PD)
+        values = _load_rows(v, v_strides, rows, there, DV, PDV)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+        weights = tl.exp2(scores - sums[:, None])
+        if MASKED:
+            shown = _shown(lists, bits, pair, x[:, None], y[None, :], LARGEST_Q, LARGEST_KV, WORDS)
+            weights = tl.where(shown & there[None, :], weights, 0.0)
+        d_weights = tl.dot(d_out, tl.trans(values), input_precision="ieee")
+        d_scores = weights * (d_weights - less[:, None])
+        summed = tl.dot(d_scores.to(keys.dtype), keys, summed, input_precision="ieee")
+    return summed
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def key_gradients(  # type: ignore[no-untyped-def]
+    dout,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    dk,
+    dv,
+    dout_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    lse_strides,
+    delta_strides,
+    dk_strides,
+    dv_strides,
+    lists,
+    bits,
+    q_pieces,
+    kv_pieces,
+    pieces,
+    heads,
+    group,
+    layers,
+    scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PD: tl.constexpr,
+    PDV: tl.constexpr,
+    LARGEST_Q: tl.constexpr,
+    LARGEST_KV: tl.constexpr,
+    WORDS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dk [B, S, K, D] and dv [B, S, K, DV] of BN rows of a piece of keys, for KV ``heads``."""
+    piece, first = _part(LARGEST_KV, BN)
+    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    y, there, rows = _rows(kv_pieces, piece, first, BN)
+    keys = _load(k, k_strides, b, h, rows, there, D, PD)
+    values = _load(v, v_strides, b, h, rows, there, DV, PDV)
+    d_keys = tl.zeros([BN, PD], tl.float32)
+    d_values = tl.zeros([BN, PDV], tl.float32)
+    start, plain, stop = _list(lists, layers, b, h, pieces, piece)
+    for member in range(group):
+        head = h * group + member
+        d_keys, d_values = _key_gradients(
+            d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
+            lse_strides, delta_strides, lists, bits, q_pieces, b, head, y, start, plain, scale,
+            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, True,
+        )  # fmt: skip
+        d_keys, d_values = _key_gradients(
+            d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
+            lse_strides, delta_strides, lists, bits, q_pieces, b, head, y, plain, stop, scale,
+            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, False,
+        )  # fmt: skip
+    _store(dk, dk_strides, b, h, rows, there, d_keys * scale, D, PD)
+    _store(dv, dv_strides, b, h, rows, there, d_values, DV, PDV)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _key_gradients(  # type: ignore[no-untyped-def]
+    d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
+    lse_strides, delta_strides, lists, bits, q_pieces, b, h, y, begin, end, scale,
+    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what pairs ``begin`` to ``end`` of a list give. Queries behind a piece's end weigh 0."""
+    PARTS: tl.constexpr = (LARGEST_Q + BM - 1) // BM
+    q += b.to(tl.int64) * q_strides[0] + h * q_strides[2]
+    dout += b.to(tl.int64) * dout_strides[0] + h * dout_strides[2]
+    for step in range(begin * PARTS, end * PARTS):
+        pair = step // PARTS
+        x, inside, rows = _rows(q_pieces, tl.load(lists[2] + pair), step % PARTS * BM, BM)
+        queries = _load_rows(q, q_strides, rows, inside, D, PD)
+        sums = _sums(lse, lse_strides, b, h, rows, inside)
+        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
+        weights = tl.exp2(scores - sums[None, :])
+        if MASKED:
+            shown = _shown(lists, bits, pair, x[None, :], y[:, None], LARGEST_Q, LARGEST_KV, WORDS)
+            weights = tl.where(shown, weights, 0.0)
+        d_out = _load_rows(dout, dout_strides, rows, inside, DV, PDV)
+        d_values = tl.dot(weights.to(d_out.dtype), d_out, d_values, input_precision="ieee")
+        at = b.to(tl.int64) * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
+        less = tl.load(delta + at, inside, other=0.0)
+        d_weights = tl.dot(values, tl.trans(d_out), input_precision="ieee")
+        d_scores = weights * (d_weights - less[None, :])
+        d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
+    return d_keys, d_values
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _part(LARGEST: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's piece, and the first of its rows there."""
+    PARTS: tl.constexpr = (LARGEST + ROWS - 1) // ROWS
+    return tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * ROWS
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(pieces, piece, first, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows of a piece: counted in it, whether it has so many, and in the tile."""
+    place = first + tl.arange(0, ROWS)
+    inside = place < tl.load(pieces[1] + piece)
+    return place, inside, (tl.load(pieces[0] + piece) + place).to(tl.int64)
+
+
+@triton.jit
+def _list(lists, layers, b, h, pieces, piece):  # type: ignore[no-untyped-def]
+    """A piece's list: its first pair, its first plain one, and the one behind the last."""
+    which = (b * layers[0] + h * layers[1]) * pieces + piece
+    return tl.load(lists[0] + which), tl.load(lists[1] + which), tl.load(lists[0] + which + 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shown(  # type: ignore[no-untyped-def]
+    lists, bits, pair, x, y,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Whether rows x of a pair's queries see rows y of its keys."""
+    number = tl.load(lists[3] + pair)
+    at = number.to(tl.int64) * (LARGEST_Q * WORDS) + x * WORDS + y // 32
+    inside = (number >= 0) & (x < LARGEST_Q) & (y < LARGEST_KV)
+    return (tl.load(bits + at, inside, other=-1) >> (y % 32)) & 1 != 0
+
+
+@triton.jit
+def _sums(lse, strides, b, h, rows, inside):  # type: ignore[no-untyped-def]
+    """lse in base 2; inf for rows that see nothing, or are not there: all weighs 0 then."""
+    at = b.to(tl.int64) * strides[0] + h * strides[1] + rows * strides[2]
+    found = tl.load(lse + at, inside, other=float("-inf"))
+    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load(x, strides, b, h, rows, inside, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows [rows, P] of a head of x [B, S, H, D]; 0 where there is none."""
+    return _load_rows(x + b.to(tl.int64) * strides[0] + h * strides[2], strides, rows, inside, D, P)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_rows(x, strides, rows, inside, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.arange(0, P)
+    at = x + rows[:, None] * strides[1] + column[None, :]
+    if D == P:
+        return tl.load(at, inside[:, None], other=0.0)
+    return tl.load(at, inside[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(x, strides, b, h, rows, inside, found, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.arange(0, P)
+    x += b.to(tl.int64) * strides[0] + h * strides[2]
+    at = x + rows[:, None] * strides[1] + column[None, :]
+    tl.store(at, found.to(x.dtype.element_ty), inside[:, None] & (column < D)[None, :])

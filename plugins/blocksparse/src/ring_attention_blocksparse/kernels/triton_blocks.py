@@ -1,0 +1,212 @@
+"""Block-sparse attention on GPUs: Triton programs that go through lists of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ring_attention_blocksparse.mask import BlockMask, join, of
+from ring_attention_blocksparse.tables import Lists, Pieces, Tables
+from ring_core.dropout import Dropout
+from ring_core.masks import Mask
+from ring_core.plan import Tile
+from ring_core.protocols import Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class TritonBlocks:
+    """Head sizes up to 256, grouped heads, any block size; bitwise repeatable."""
+
+    name = "triton_blocks"
+    priority = 20
+    supports_dropout = False
+    rounds = True
+
+    def refuse(self, problem: Problem) -> str | None:
+        if problem.device.type != "cuda":
+            return "CUDA only"
+        if not _is_installed():
+            return "needs triton, as torch's CUDA builds for Linux bring it"
+        if problem.masks != {BlockMask}:
+            return "block-sparse masks only"
+        if problem.dtype not in DTYPES:
+            return "float16, bfloat16 and float32 only"
+        if problem.dropout:
+            return "cannot repeat a dropout mask"
+        if max(problem.head_dim, problem.value_dim) > 256:
+            return "head sizes up to 256 only"
+        return None
+
+    def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return join(tiles)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor]:
+        from ring_attention_blocksparse.kernels import programs
+
+        tables = of(mask).tables(q.device)
+        q, k, v = (_dense(x) for x in (q, k, v))
+        shape = *q.shape[:3], v.shape[-1]
+        # Rows in no piece see nothing.
+        fresh = torch.empty if _covers(tables.q, q.shape[1]) else torch.zeros
+        out = fresh(shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+        if fresh is torch.zeros:
+            lse.fill_(-torch.inf)
+        sizes = _Sizes(tables, q, k, v)
+        with _on(q.device):
+            programs.forward[sizes.grid(tables.q, sizes.rows_q, q.shape[0] * q.shape[2])](
+                q,
+                k,
+                v,
+                out,
+                lse,
+                *(x.stride() for x in (q, k, v, out, lse)),
+                *_tables(tables, tables.by_query),
+                len(tables.q),
+                q.shape[2],
+                q.shape[2] // k.shape[2],
+                _layers(tables),
+                scale,
+                **sizes.constants,
+                **sizes.options,
+            )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        dropout: Dropout | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ring_attention_blocksparse.kernels import programs
+
+        tables = of(mask).tables(q.device)
+        dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
+        heads, kv_heads = q.shape[2], k.shape[2]
+        sizes = _Sizes(tables, q, k, v)
+        delta = torch.empty(q.shape[0], heads, q.shape[1], device=q.device)
+        dq, dk, dv = (
+            (torch.empty if _covers(pieces, x.shape[1]) else torch.zeros)(
+                x.shape, dtype=x.dtype, device=x.device
+            )
+            for x, pieces in ((q, tables.q), (k, tables.kv), (v, tables.kv))
+        )
+        with _on(q.device):
+            programs.deltas[(-(-q.shape[1] // 64), q.shape[0] * heads)](
+                dout,
+                out,
+                delta,
+                dout.stride(),
+                out.stride(),
+                q.shape[1],
+                heads,
+                v.shape[-1],
+                sizes.constants["PDV"],
+                64,
+            )
+            inputs = dout, q, k, v, lse, delta
+            programs.query_gradients[sizes.grid(tables.q, sizes.rows_q, q.shape[0] * heads)](
+                *inputs,
+                dq,
+                *(x.stride() for x in (*inputs, dq)),
+                *_tables(tables, tables.by_query),
+                len(tables.q),
+                heads,
+                heads // kv_heads,
+                _layers(tables),
+                scale,
+                **sizes.constants,
+                **sizes.options,
+            )
+            programs.key_gradients[sizes.grid(tables.kv, sizes.rows_kv, q.shape[0] * kv_heads)](
+                *inputs,
+                dk,
+                dv,
+                *(x.stride() for x in (*inputs, dk, dv)),
+                *_tables(tables, tables.by_key),
+                len(tables.kv),
+                kv_heads,
+                heads // kv_heads,
+                _layers(tables),
+                scale,
+                **sizes.constants,
+                **sizes.options,
+            )
+        return dq, dk, dv
+
+
+class _Sizes:
+    """What a call is compiled for: the sizes of heads and blocks."""
+
+    def __init__(self, tables: Tables, q: Tensor, k: Tensor, v: Tensor) -> None:
+        largest_q, largest_kv = tables.q.largest, tables.kv.largest
+        wide = max(q.shape[-1], v.shape[-1])
+        most = 128 if wide <= 128 and q.dtype != torch.float32 else 64
+        self.rows_q = min(most, _power(largest_q))
+        self.rows_kv = min(64, _power(largest_kv))
+        self.constants: dict[str, Any] = {
+            "D": q.shape[-1],
+            "DV": v.shape[-1],
+            "PD": _power(q.shape[-1]),
+            "PDV": _power(v.shape[-1]),
+            "LARGEST_Q": largest_q,
+            "LARGEST_KV": largest_kv,
+            "WORDS": -(-largest_kv // 32),
+            "BM": self.rows_q,
+            "BN": self.rows_kv,
+        }
+        self.options = {"num_warps": 8 if self.rows_q == 128 else 4, "num_stages": 3}
+
+    def grid(self, pieces: Pieces, rows: int, heads: int) -> tuple[int, int]:
+        """Programs for all parts of all pieces, for so many heads."""
+        return len(pieces) * -(-pieces.largest // rows), heads
+
+
+def _tables(tables: Tables, lists: Lists) -> tuple[Any, ...]:
+    bits = tables.bits if len(tables.bits) else tables.bits.new_zeros(1)
+    pieces = ((x.row, x.size) for x in (tables.q, tables.kv))
+    return (lists.start, lists.plain, lists.other, lists.mask), bits, *pieces
+
+
+def _layers(tables: Tables) -> tuple[int, int]:
+    """How many layers of lists lie between batch rows, and between heads."""
+    return tables.heads if tables.batch > 1 else 0, int(tables.heads > 1)
+
+
+def _covers(pieces: Pieces, rows: int) -> bool:
+    return pieces.total == rows
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Elements of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _power(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None

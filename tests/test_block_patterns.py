@@ -1,0 +1,404 @@
+"""Patterns against their definitions: tables, density, plans; and what configs say."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+from ring_attention_blocksparse import BlockSparseConfig, BlockSparseRingAttention, Pattern
+from ring_attention_blocksparse import reference as by_definition
+
+from ring_core import hookimpl, reference, registry
+from ring_core.errors import ConfigError, InputError
+from ring_core.plan import ForHeads
+from ring_core.rounds import elements_fetched, elements_sent, rounds
+from ring_core.sequences import Sequences
+
+# Every kind, in any mixture
+
+
+def numbers(low, high):
+    return st.integers(low, high)
+
+
+@st.composite
+def grids(draw):
+    """A grid, and so a length."""
+    return tuple(draw(st.lists(numbers(1, 7), min_size=1, max_size=3)))
+
+
+@st.composite
+def problems(draw):
+    """Fields, a length, the ends of documents, KV heads."""
+    kv_heads = draw(numbers(1, 3))
+    grid = draw(grids())
+    length = draw(st.sampled_from([1, 5, 37, 64, None]))
+    block_q, block_kv = draw(st.sampled_from([(4, 4), (8, 4), (4, 8), (5, 3), (1, 16)]))
+    if length is None:
+        length = torch.Size(grid).numel()
+    blocks = -(-length // block_q), -(-length // block_kv)
+    kinds = [
+        st.builds(
+            lambda a, b: {"kind": "local", "left": a, "right": b}, numbers(0, 12), numbers(0, 9)
+        ),
+        st.builds(lambda n: {"kind": "sink", "n": n}, numbers(1, 9)),
+        st.builds(
+            lambda ids: {"kind": "global_tokens", "ids": ids},
+            st.lists(numbers(0, 50), min_size=1, max_size=3),
+        ),
+        st.builds(lambda n: {"kind": "strided", "stride": n}, numbers(1, 30)),
+        st.builds(
+            lambda w, r: {"kind": "dilated", "window": w, "rate": r}, numbers(0, 4), numbers(1, 14)
+        ),
+        st.builds(
+            lambda n, seed: {"kind": "random", "blocks": n, "seed": seed},
+            numbers(1, 5),
+            st.integers().filter(lambda seed: abs(seed) < 2**62),
+        ),
+        st.builds(lambda seed: {"kind": "blocks", "table": _table(seed, *blocks)}, numbers(0, 99)),
+        st.builds(
+            lambda seed: {
+                "kind": "blocks",
+                "table": [_table(seed + h, *blocks) for h in range(kv_heads)],
+            },
+            numbers(0, 99),
+        ),
+        st.builds(lambda n: {"kind": "topk", "blocks": n}, numbers(1, 4)),
+    ]
+    if length == torch.Size(grid).numel():
+        kinds += [
+            st.builds(
+                lambda r: {"kind": "neighborhood", "grid": grid, "radius": r},
+                st.one_of(numbers(0, 3), st.tuples(*[numbers(0, 3)] * len(grid))),
+            ),
+            st.builds(
+                lambda shape, shift: {
+                    "kind": "window_blocks",
+                    "grid": grid,
+                    "shape": shape,
+                    "shift": shift,
+                },
+                st.tuples(*[numbers(1, 4)] * len(grid)),
+                st.one_of(numbers(0, 3), st.tuples(*[numbers(0, 3)] * len(grid))),
+            ),
+        ]
+    heads = st.one_of(
+        st.none(), st.lists(numbers(0, kv_heads - 1), min_size=1, max_size=2, unique=True)
+    )
+    patterns = [
+        {**pattern, "heads": draw(heads)}
+        for pattern in draw(st.lists(st.one_of(kinds), min_size=1, max_size=3))
+    ]
+    ends = sorted({0, length, *draw(st.lists(numbers(1, length), max_size=3))})
+    fields = {
+        "patterns": patterns,
+        "block_q": block_q,
+        "block_kv": block_kv,
+        "causal": draw(st.booleans()),
+        "window": draw(st.sampled_from([None, (7, None), (3, 11)])),
+        "layout": draw(st.sampled_from(["auto", "auto", "contiguous", "zigzag", "striped"])),
+    }
+    return fields, length, ends, kv_heads
+
+
+def _table(seed, rows, columns):
+    return (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist()
+
+
+def defined(config, length, ends, kv_heads, q=None, k=None):
+    """What the definitions show, bool [kv_heads, length, length], and the mask [length, length]."""
+    mask = reference.visible(
+        length, length, causal=config.causal, window=config.window, cu_seqlens=ends
+    )
+    shown = by_definition.shown(
+        config.patterns,
+        mask,
+        kv_heads,
+        block_q=config.block_q,
+        block_kv=config.block_kv,
+        starts=ends[:-1],
+        q=q,
+        k=k,
+    )
+    return shown, mask
+
+
+@given(problems())
+@settings(max_examples=200)
+def test_one_rank_attends_to_what_is_defined(problem):
+    fields, length, ends, kv_heads = problem
+    attention = BlockSparseRingAttention(**{**fields, "layout": "auto"})
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (
+        torch.randn(1, length, heads, 4, dtype=torch.float64, generator=generator)
+        for heads in (2 * kv_heads, kv_heads, kv_heads)
+    )
+    plan = attention.plan(cu_seqlens=ends)
+    out, lse = attention(q, k, v, plan=plan, return_lse=True)
+    shown, mask = defined(attention.config, length, ends, kv_heads, q[0], k[0])
+    expected, expected_lse = reference.attention(q, k, v, shown.repeat_interleave(2, dim=0))
+    assert torch.allclose(out, expected, atol=1e-12, rtol=0)
+    assert torch.allclose(lse, expected_lse, atol=1e-12, rtol=0)
+    blocks = attention.config.block_q, attention.config.block_kv
+    assert attention.density == pytest.approx(by_definition.density(shown, mask, *blocks))
+    bound = plan.plan.for_heads(kv_heads)
+    if any(pattern.chosen for pattern in attention.config.patterns):
+        assert bound.density() >= attention.density - 1e-12
+    else:
+        assert bound.density() == pytest.approx(attention.density)
+
+
+@given(problems(), st.integers(1, 8))
+@settings(max_examples=120)
+def test_every_shown_pair_is_computed_once_by_the_rank_that_holds_it(problem, world):
+    fields, length, ends, kv_heads = problem
+    fields["patterns"] = [one for one in fields["patterns"] if one["kind"] != "topk"]
+    if not fields["patterns"]:
+        fields["patterns"] = [{"kind": "strided", "stride": 3}]
+    attention = BlockSparseRingAttention(**fields)
+    plan = ForHeads.of(attention.make_plan(Sequences.build(cu_seqlens=ends), world), kv_heads)
+    shown, _ = defined(attention.config, length, ends, kv_heads)
+    times = torch.zeros(kv_heads, length, length, dtype=torch.int64)
+    for rank in range(world):
+        mine = plan.queries.positions(rank)
+        assert elements_sent(plan, rank, kv_heads) <= kv_heads * length * (world - 1)
+        for one in rounds(plan, rank, 1):
+            for tile in one.tiles:
+                theirs = plan.keys.positions(rank)
+                if one.index:
+                    block = one.blocks[tile.block]
+                    theirs = torch.cat(
+                        [
+                            plan.keys.positions(one.steps[place].source)[
+                                one.steps[place].parts[part].rows.indices()
+                            ]
+                            for place, part in block.parts
+                        ]
+                    )
+                heads = range(kv_heads)[tile.heads.start :][: tile.heads.count(kv_heads)]
+                seen = tile.mask.visible(range(tile.q.count), tile.kv.count)[0, :, 0].long()
+                i = mine[tile.q.indices()][:, None]
+                j = theirs[tile.kv.indices()][None, :]
+                for n, head in enumerate(heads):
+                    part = seen[n if len(seen) > 1 else 0]
+                    x, y = part.nonzero(as_tuple=True)
+                    times[head].index_put_(
+                        (i.expand_as(part)[x, y], j.expand_as(part)[x, y]),
+                        torch.ones_like(x),
+                        accumulate=True,
+                    )
+    assert torch.equal(times, shown.long())
+    # Each send has its receive.
+    sent = sum(elements_sent(plan, rank, kv_heads) for rank in range(world))
+    assert sent == sum(elements_fetched(plan, rank, kv_heads) for rank in range(world))
+    for rank in range(world):
+        for one in rounds(plan, rank, 1)[1:]:
+            (step,) = one.steps
+            there = [x for x in rounds(plan, step.requester, 1) if x.index == one.index]
+            assert step.give == (there[0].steps[0].parts if there else ())
+
+
+def test_random_blocks_are_distinct_visible_and_of_all_places():
+    attention = BlockSparseRingAttention(
+        patterns=[{"kind": "random", "blocks": 3}], block_q=1, block_kv=1, causal=True
+    )
+    shown, _ = defined(attention.config, 200, [0, 200], 4)
+    count = shown.sum(-1)
+    assert torch.equal(count, torch.arange(1, 201).clamp_max(3).expand(4, -1))
+    assert not torch.equal(shown[0], shown[1])
+    early = shown[:, 100:, :50].sum() / shown[:, 100:].sum()
+    assert 0.27 < early < 0.41  # a third, were they drawn evenly: log(2) / 2
+
+
+# At length
+
+
+def planned(length, world=4, **fields):
+    attention = BlockSparseRingAttention(**fields)
+    return attention.make_plan(Sequences.build(length), world)
+
+
+def test_a_million_tokens_take_tables_of_the_active_blocks_alone():
+    fields = {"patterns": [{"kind": "local", "left": 2048, "right": 0}], "causal": True}
+    pairs = []
+    for length in (1 << 18, 1 << 19):
+        plan = planned(length, **fields)
+        assert plan.imbalance() < 1.05
+        found = 0
+        for one in rounds(ForHeads.of(plan, 8), 1, 1):
+            for tile in one.tiles:
+                tables = tile.mask.tables(torch.device("cpu"))
+                found += len(tables.by_query.other)
+                assert len(tables.bits) <= 2  # the window's two edges, however many blocks
+        pairs.append(found)
+    assert pairs == [512 * 17, 1024 * 17]  # a block, and 2048 tokens before it
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [{"kind": "local", "left": 4096, "right": 0}],
+        [{"kind": "sink", "n": 64}, {"kind": "local", "left": 4096, "right": 0}],
+        [{"kind": "strided", "stride": 1024}, {"kind": "local", "left": 256, "right": 0}],
+        [{"kind": "random", "blocks": 16}],
+        [
+            {"kind": "global_tokens", "ids": [0, 1, 50_000]},
+            {"kind": "local", "left": 2048, "right": 0},
+        ],
+    ],
+)
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("length", [1 << 17, 100_003])
+def test_causal_work_is_balanced(patterns, world, length):
+    assert planned(length, world, patterns=patterns, causal=True).imbalance() <= 1.1
+
+
+def test_the_ring_stops_behind_the_last_needed_hop():
+    plan = planned(1 << 16, 8, patterns=[{"kind": "local", "left": 300, "right": 0}], causal=True)
+    plan = ForHeads.of(plan, 2)
+    for rank in range(8):
+        assert [one.index for one in rounds(plan, rank, 1)] == [0, 1]
+        assert elements_fetched(plan, rank, 2) == (2 * 384 if rank else 0)  # three blocks
+
+
+def test_few_blocks_of_a_peer_travel_packed_and_neighbours_as_they_lie():
+    table = torch.eye(64, dtype=torch.bool)
+    table[0, [33, 41, 60]] = True
+    table[1, [18, 19, 20, 22, 23]] = True
+    fields = {"patterns": [{"kind": "blocks", "table": table}], "block_q": 16, "block_kv": 16}
+    plan = ForHeads.of(planned(1024, 4, layout="contiguous", **fields), 1)
+    parts = {
+        step.source: [part.rows for part in step.parts]
+        for one in rounds(plan, 0, 1)[1:]
+        for step in one.steps
+    }
+    assert {source: [len(rows) for rows in found] for source, found in parts.items()} == {
+        1: [96],  # one block between them is not needed, and not worth a copy
+        2: [32],
+        3: [16],
+    }
+    assert parts[2][0].indices() == [*range(16, 32), *range(144, 160)]
+
+
+# Configs
+
+
+def test_configs_round_trip():
+    config = BlockSparseConfig(
+        patterns=[
+            {"kind": "local", "left": 512, "right": 0},
+            {"kind": "blocks", "table": torch.eye(3), "heads": [1]},
+            {"kind": "neighborhood", "grid": [4, 4], "radius": [1, 2]},
+        ],
+        block_kv=64,
+    )
+    assert BlockSparseConfig.model_validate_json(config.model_dump_json()) == config
+    assert BlockSparseConfig.from_yaml(config.to_yaml()) == config
+    assert hash(config) == hash(BlockSparseConfig(**config.given()))
+    kinds = json.dumps(BlockSparseConfig.model_json_schema())
+    assert '"topk"' in kinds
+    assert '"window_blocks"' in kinds
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ([{"kind": "locl", "left": 1, "right": 1}], r"unknown kind of pattern 'locl'.*'local'"),
+        ([{"kind": "local", "left": -1, "right": 1}], r"left.*greater than or equal to 0"),
+        ([{"kind": "local", "left": 1, "right": 1, "size": 3}], "size.*[Ee]xtra"),
+        ({"kind": "sink", "n": 4}, "give a list of patterns"),
+        ([], "at least 1 item"),
+        ([{"kind": "sink", "n": 4, "heads": []}], "heads.*at least 1 item"),
+        ([{"kind": "neighborhood", "radius": 2}], "needs a grid"),
+        ([{"kind": "neighborhood", "grid": [4, 4], "radius": [1, 2, 3]}], "give radius for each"),
+        ([{"kind": "blocks", "table": [[True], [True, False]]}], "one size|every row"),
+    ],
+)
+def test_bad_patterns_say_what_was_wrong(patterns, message):
+    with pytest.raises(ConfigError, match="(?s)" + message):
+        registry.create("blocksparse", patterns=patterns)
+
+
+def test_what_has_no_meaning_is_refused():
+    sink = [{"kind": "sink", "n": 4}]
+    with pytest.raises(ConfigError, match="patterns with segment_lengths"):
+        registry.create("blocksparse", patterns=sink, segment_lengths=[8], dilation_rates=[2])
+    attention = registry.create("blocksparse", patterns=sink)
+    with pytest.raises(InputError, match="cross-attention is not defined"):
+        attention.plan(16, kv_len=20)
+    with pytest.raises(InputError, match=r"'neighborhood'.*16 cells.*17 tokens"):
+        registry.create(
+            "blocksparse", patterns=[{"kind": "neighborhood", "grid": [4, 4], "radius": 1}]
+        ).plan(17)
+    with pytest.raises(InputError, match=r"table has 2 x 2 blocks.*3 query blocks"):
+        registry.create(
+            "blocksparse", patterns=[{"kind": "blocks", "table": torch.eye(2)}], block_q=8
+        ).plan(17)
+    q = torch.randn(1, 16, 2, 4)
+    with pytest.raises(InputError, match=r"heads=\[2\], and there are 2 KV heads"):
+        registry.create("blocksparse", patterns=[{**sink[0], "heads": [2]}])(q, q, q)
+
+
+def test_auto_takes_it_for_its_fields():
+    assert type(registry.create("auto", patterns=[{"kind": "sink", "n": 4}])) is (
+        BlockSparseRingAttention
+    )
+
+
+def test_without_patterns_it_is_dense_or_dilated():
+    q = torch.randn(1, 37, 2, 4, dtype=torch.float64)
+    for fields in ({"causal": True}, {"segment_lengths": [8], "dilation_rates": [2]}):
+        mine, theirs = (
+            registry.create(name, **fields)(q, q, q) for name in ("blocksparse", "standard")
+        )
+        assert torch.equal(mine, theirs)
+    attention = registry.create("blocksparse")
+    attention(q, q, q)
+    assert attention.density == 1.0
+
+
+# A third party's kind
+
+
+class Even(Pattern):
+    """Every query sees the keys at even indices that are not far behind."""
+
+    kind: Literal["even"] = "even"
+    far: int = Field(ge=0)
+
+    def reach(self, scene, q, head):
+        return scene.offsets(q, 1, -self.far, 0).at_most()
+
+    def sees(self, scene, i, j):
+        return (j % 2 == 0) & (j <= i) & (i - j <= self.far)
+
+
+class BringsEven:
+    RING_HOOK_API = 1
+
+    @hookimpl
+    def blocksparse_patterns(self):
+        return [Even]
+
+
+def test_a_third_party_brings_a_kind():
+    registry.register(BringsEven(), name="even")
+    try:
+        attention = registry.create(
+            "blocksparse", patterns=[{"kind": "even", "far": 9}], block_q=4, block_kv=4
+        )
+        q = torch.randn(1, 37, 2, 4, dtype=torch.float64)
+        i, j = torch.arange(37)[:, None], torch.arange(37)
+        seen = (j % 2 == 0) & (j <= i) & (i - j <= 9)
+        expected, _ = reference.attention(q, q, q, seen)
+        assert torch.allclose(attention(q, q, q), expected, atol=1e-12, rtol=0)
+        assert '"even"' in json.dumps(BlockSparseConfig.model_json_schema())
+    finally:
+        registry.unregister("even")
+    with pytest.raises(ConfigError, match="unknown kind of pattern 'even'"):
+        registry.create("blocksparse", patterns=[{"kind": "even", "far": 9}])
