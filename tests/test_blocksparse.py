@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from ring_attention_blocksparse import reference as patterns_reference
 from ring_attention_blocksparse.config import BlockSparseConfig
 
-from ring_core.testing import Case, Conformance
-from ring_core.testing.case import visible_of
+from in_rounds import run_in_rounds
+from ring_core import registry
+from ring_core.rounds import elements_fetched, elements_sent
+from ring_core.sequences import Sequences
+from ring_core.testing import Case, Conformance, RankPool, Worker
+from ring_core.testing.case import expected_of, visible_of
+from ring_core.testing.tasks import build
 
 
 def shown(case: Case) -> torch.Tensor:
@@ -88,3 +94,97 @@ class TestBlockSparse(Conformance):
             1, (-1, size_kv)
         )
         return ~blocks.any(2).repeat_interleave(size_kv, dim=1)[:, : case.k_len]
+
+
+# What moves
+
+
+def moved(worker: Worker, case: Case) -> tuple[int, int, float]:
+    """Bytes that a forward and backward sent, those that the plan says, and the rank's density."""
+    attention, plan, (q, k, v, dout, _) = build(worker, case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    attention(*leaves, plan=plan).backward(dout)
+    keys = elements_sent(plan.plan, plan.rank, case.kv_heads)
+    gradients = elements_fetched(plan.plan, plan.rank, case.kv_heads)
+    sizes = case.batch * (case.head_dim + case.value_dim) * 8
+    planned = (2 * keys + gradients) * sizes
+    return attention.communicator(plan).counters.bytes_sent, planned, attention.density
+
+
+def test_a_window_sends_its_halo_alone(cpu_pool: RankPool):
+    local = {"kind": "local", "left": 40, "right": 0}
+    fields = small(local, causal=True, layout="contiguous", block_q=16, block_kv=16)
+    case = Case("blocksparse", fields, seq_len=512)
+    found = cpu_pool.run(moved, case, world=4)
+    assert all(counted == planned for counted, planned, _ in found)
+    a_row = 2 * (8 + 8) * 8  # of two heads: keys and values
+    # To the next rank: three blocks, in the forward and the backward; and their gradients back.
+    halo = 48 * a_row
+    assert [counted for counted, _, _ in found] == [2 * halo, 3 * halo, 3 * halo, halo]
+
+
+@pytest.mark.parametrize("layout", ["auto", "zigzag", "striped"])
+@pytest.mark.parametrize("heads", [None, [1]])
+def test_bytes_are_the_plans(cpu_pool: RankPool, layout, heads):
+    patterns = {"kind": "random", "blocks": 2, "heads": heads}, {"kind": "sink", "n": 3}
+    case = Case("blocksparse", small(*patterns, causal=True, layout=layout), seq_len=150)
+    found = cpu_pool.run(moved, case, world=4)
+    assert all(counted == planned for counted, planned, _ in found)
+    assert sum(counted for counted, _, _ in found) > 0
+
+
+def test_blocks_of_their_own_send_nothing(cpu_pool: RankPool):
+    table = torch.block_diag(*[torch.ones(4, 4)] * 4).bool()
+    fields = small({"kind": "blocks", "table": table}, block_q=8, block_kv=8)
+    found = cpu_pool.run(moved, Case("blocksparse", fields, seq_len=128), world=4)
+    assert found == [(0, 0, 0.25)] * 4
+
+
+def test_heads_fetch_what_they_need_themselves():
+    fields = small(
+        {"kind": "global_tokens", "ids": [1000], "heads": [0]},
+        {"kind": "local", "left": 16, "right": 0, "heads": [1, 2]},
+        block_q=16,
+        block_kv=16,
+        causal=True,
+        layout="contiguous",
+    )
+    plan = registry.create("blocksparse", **fields).make_plan(Sequences.build(1024), 4)
+    # Before the global token's block there is nothing to see for head 0; it is on the last rank.
+    assert [elements_fetched(plan, rank, 3) for rank in range(4)] == [0, 32, 32, 768 + 32]
+
+
+def test_the_choice_needs_pooled_keys_beside_the_ring(cpu_pool: RankPool):
+    case = Case("blocksparse", small({"kind": "topk", "blocks": 3}, causal=True), seq_len=64)
+    found = cpu_pool.run(moved, case, world=4)
+    # Means of the keys of four blocks a rank, to three peers, in forward and backward.
+    pooled = 4 * 2 * 8 * 8 * 3 * 2
+    assert [counted - planned for counted, planned, _ in found] == [pooled] * 4
+
+
+@pytest.mark.parametrize(
+    ("world", "shards", "kernel"),
+    [(2, 1, "rounding"), (2, 3, "usual"), (3, 1.5, "rounding"), (4, 3, "rounding")],
+)
+def test_rounds_of_several_steps_equal_the_reference(
+    cpu_pool: RankPool, world: int, shards: float, kernel: str
+) -> None:
+    """Keys of several owners in one call; blocks of a peer that travel packed."""
+    chosen = {"kind": "topk", "blocks": 2}
+    scattered = {"kind": "strided", "stride": 29}
+    for fields in (
+        small(LOCAL, SINK, causal=True, layout="zigzag"),
+        small(scattered, {**RANDOM, "blocks": 1, "heads": [1]}),
+        small(scattered, layout="striped", block_q=8),
+        small(chosen, causal=True),
+    ):
+        for sizes in (
+            {"seq_len": 32 * world + 3, "batch": 2, "value_dim": 12},
+            {"cu_seqlens": (0, 1, 14, 14, 41, 63), "batch": 2},
+            {"seq_len": 43, "lengths": (43, 0, 17, 1), "batch": 4},
+        ):
+            case = Case("blocksparse", fields, **sizes)
+            chooses = chosen in fields["patterns"]
+            result = cpu_pool.run(run_in_rounds, case, shards, kernel, chooses, world=world)[0]
+            errors = result.errors(expected_of(case, shown(case)))
+            assert all(error < 1e-10 for error in errors.values()), (case, errors)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from itertools import pairwise
 
 import pytest
 import torch
-from ring_attention_standard.kernels.eager import Eager
-from ring_attention_standard.kernels.varlen import joined
 
 import planners
+from in_rounds import Joining, Rounding, run_in_rounds
 from ring_core import reference, registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, RankPool, Worker
@@ -160,60 +158,6 @@ def test_two_blocks_of_keys_are_held_whatever_the_world_size(
     seq_len = 64 * world
     most = max(cpu_pool.run(memory_in_flight, seq_len, world=world, fresh=True))
     assert most <= 2 * 2 * (seq_len // world) * 4
-
-
-class Rounding:
-    """A kernel whose results come in the inputs' dtype; exact where that is float64."""
-
-    def __init__(self, kernel):
-        self.kernel, self.rounds = kernel, True
-
-    def __getattr__(self, name):
-        return getattr(self.kernel, name)
-
-
-class Joining(Eager):
-    """A kernel that computes several tiles in one call, as those for packed documents do."""
-
-    def lower(self, tiles):
-        return joined(tiles, lambda nq, nk, band: "any")
-
-
-def run_in_rounds(worker: Worker, case: Case, shards: float, kernel: str) -> Result | None:
-    """The case through rounds of several steps; of one step each where one shard may be held."""
-    from ring_attention_standard.point_to_point import PointToPoint
-    from ring_attention_standard.symmetric_memory import SymmetricMemory
-
-    from shared_files import FileRegion
-
-    attention, plan, (q, k, v, dout, dlse) = build(worker, case)
-    if shards == 1:
-        communicator = PointToPoint(worker.group, 60.0)
-    else:
-        communicator = SymmetricMemory(worker.group, 60.0, FileRegion(worker.group))
-        communicator.shards = shards
-    runtime = attention.runtime
-    runtime._communicators.setdefault(worker.group, {})["cpu"] = communicator
-    plain = runtime.kernel
-    if kernel == "rounding":
-        runtime.kernel = lambda problem: Rounding(plain(problem))
-    elif kernel == "joining":
-        runtime.kernel = lambda problem: Rounding(Joining())
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = attention(*leaves, plan=plan, return_lse=True)
-    torch.autograd.backward((out, lse), (dout, dlse))
-    names = [] if shards == 1 else communicator._region.barriers
-    assert all(a != b for a, b in pairwise(names)), "a word could be set before it was seen"
-    elements = elements_sent(plan.plan, plan.rank, case.kv_heads)
-    fetched = elements_fetched(plan.plan, plan.rank, case.kv_heads)
-    width = case.batch * (case.head_dim + case.value_dim) * 8
-    assert communicator.counters.bytes_sent == (2 * elements + fetched) * width
-    whole = Result(
-        plan.unshard(out.detach()),
-        plan.unshard(lse.detach(), dim=2),
-        *(plan.unshard(x.grad, kv=i > 0) for i, x in enumerate(leaves)),
-    )
-    return whole if worker.rank == 0 else None
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ _ELEMENTS = 1 << 25
 def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice | None:
     """The choice of every pattern that makes one, for this rank's queries; None if there is none.
 
-    Pooled keys are gathered from all ranks, and pooled queries where blocks lie on several ranks:
-    a row for each block.
+    Means of keys are gathered from all ranks, a row for each block; those of queries only where
+    blocks lie on several ranks.
 
     Args:
         q: [B, S, Hq, D]. k: [B, S, Hkv, D]: this rank's shards.
@@ -41,12 +41,13 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
         rows = part.batch if part.batch is not None else range(q.shape[0])
         stops[rows.start : rows.stop] = part.scene.stop
     stops = stops.to(q.device)
-    queries, keys = (
-        _pooled(layout, size, x, stops, exchange).to(dtype)
-        for layout, size, x in (
-            (plan.queries, scene.block_q, grouped(q, k.shape[2])),
-            (plan.keys, scene.block_kv, k.unsqueeze(3)),
-        )
+    # Of queries a rank needs its own blocks' alone.
+    others = exchange if _is_shared(plan.queries, scene.block_q) else None
+    queries = _pooled(
+        plan.queries, scene.block_q, grouped(q, k.shape[2]), stops, exchange.rank, others
+    ).to(dtype)
+    keys = _pooled(plan.keys, scene.block_kv, k.unsqueeze(3), stops, exchange.rank, exchange).to(
+        dtype
     )
     index = _held(plan.queries, scene.block_q, exchange.rank).to(q.device)
     blocks: dict[Pattern, Tensor] = {
@@ -105,24 +106,34 @@ def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
     return shown / left if left else 0.0
 
 
-def _pooled(layout: Layout, size: int, x: Tensor, stops: Tensor, exchange: Exchange) -> Tensor:
-    """Means of all blocks, whoever holds them: float64 [B, blocks, K, D]. Blocks in which a batch
-    row has no tokens get 0.
+def _pooled(
+    layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int, exchange: Exchange | None
+) -> Tensor:
+    """Means of blocks: float64 [B, blocks, K, D]; 0 where a batch row has no tokens.
 
     Args:
         x: [B, S, K, G, D], of which the mean over G is taken too. stops: [B], valid tokens.
+        exchange: to get those of blocks that other ranks hold; None: they are left 0.
     """
-    held = [_held(layout, size, rank) for rank in range(exchange.world)]
-    mine = _sums(layout, size, x, stops, exchange.rank)
-    found = exchange.gather([mine], [len(index) for index in held])
-    count = -(-layout.length // size)
-    total = mine.new_zeros(mine.shape[0], count, *mine.shape[2:])
-    for index, (sums,) in zip(held, found, strict=True):
-        total.index_add_(1, index.to(x.device), sums)
+    sums, count = _sums(layout, size, x, stops, rank), -(-layout.length // size)
+    total = sums.new_zeros(sums.shape[0], count, *sums.shape[2:])
+    held = [_held(layout, size, peer).to(x.device) for peer in range(layout.world)]
+    if exchange is None:
+        total.index_add_(1, held[rank], sums)
+    else:
+        found = exchange.gather([sums], [len(index) for index in held])
+        for index, (theirs,) in zip(held, found, strict=True):
+            total.index_add_(1, index, theirs)
     first = torch.arange(count, device=x.device) * size
     tokens = (stops[:, None] - first).clamp(0, size).clamp_min(1) * x.shape[3]
     means: Tensor = total / tokens[:, :, None, None]
     return means
+
+
+def _is_shared(layout: Layout, size: int) -> bool:
+    """Whether tokens of some block lie on several ranks."""
+    held = sum(len(_held(layout, size, rank)) for rank in range(layout.world))
+    return held > -(-layout.length // size)
 
 
 def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Tensor:

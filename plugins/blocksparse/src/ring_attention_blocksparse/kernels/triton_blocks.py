@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -152,15 +153,37 @@ class TritonBlocks:
         return dq, dk, dv
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What one program holds: rows of queries and of keys; its warps, and stages of its loads."""
+
+    rows_q: int
+    rows_kv: int
+    warps: int
+    stages: int
+
+
+def shape_for(dtype: torch.dtype, head_size: int, large: bool) -> Shape:
+    """The largest programs that the shared memory of a GPU holds.
+
+    Args:
+        large: whether it has 227 KiB for a program (Hopper and newer); else 139 KiB are used.
+    """
+    if dtype != torch.float32 and head_size <= 128 and large:
+        return Shape(128, 64, 8, 3)
+    if dtype == torch.float32 and head_size > 128:
+        return Shape(32, 32, 4, 2)
+    return Shape(64, 32, 4, 2)
+
+
 class _Sizes:
     """What a call is compiled for: the sizes of heads and blocks."""
 
     def __init__(self, tables: Tables, q: Tensor, k: Tensor, v: Tensor) -> None:
         largest_q, largest_kv = tables.q.largest, tables.kv.largest
-        wide = max(q.shape[-1], v.shape[-1])
-        most = 128 if wide <= 128 and q.dtype != torch.float32 else 64
-        self.rows_q = min(most, _power(largest_q))
-        self.rows_kv = min(64, _power(largest_kv))
+        shape = shape_for(q.dtype, max(q.shape[-1], v.shape[-1]), _is_large(q.device))
+        self.rows_q = min(shape.rows_q, _power(largest_q))
+        self.rows_kv = min(shape.rows_kv, _power(largest_kv))
         self.constants: dict[str, Any] = {
             "D": q.shape[-1],
             "DV": v.shape[-1],
@@ -172,7 +195,10 @@ class _Sizes:
             "BM": self.rows_q,
             "BN": self.rows_kv,
         }
-        self.options = {"num_warps": 8 if self.rows_q == 128 else 4, "num_stages": 3}
+        self.options = {
+            "num_warps": min(shape.warps, max(4, self.rows_q // 16)),
+            "num_stages": shape.stages,
+        }
 
     def grid(self, pieces: Pieces, rows: int, heads: int) -> tuple[int, int]:
         """Programs for all parts of all pieces, for so many heads."""
@@ -201,6 +227,11 @@ def _dense(x: Tensor) -> Tensor:
 
 def _power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
+
+
+@cache
+def _is_large(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _on(device: torch.device) -> Any:

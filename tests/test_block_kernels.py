@@ -1,0 +1,202 @@
+"""Kernels of block tables: against the reference kernel, in the interpreter, and compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ring_attention_blocksparse.kernels.batched import Batched
+from ring_attention_standard.kernels.eager import Eager
+
+from ring_core import registry
+from ring_core.exchange import Exchange
+from ring_core.program import Program
+
+
+def tiles(fields, length, kv_heads, q, k, documents=None):
+    """The tiles of one rank with their masks, filled where blocks are chosen."""
+    attention = registry.create("blocksparse", **fields)
+    plan = attention.plan(cu_seqlens=documents or [0, length])
+    choice = attention.choose(plan, q, k, Exchange(0, 1, None))
+    program = Program.build(plan.plan, 0, Batched(), kv_heads=kv_heads)
+    for tile in program.rounds[0].tiles:
+        rows, keys = (slice(x.start, x.start + x.count) for x in (tile.q, tile.kv))
+        yield rows, keys, tile.mask.filled(choice, tile.batch)
+
+
+def compare(kernel, fields, length, documents=None, *, dim=16, value_dim=16, dtype, bound, device):
+    """Out, lse and gradients of every tile, with what ``kernel`` and the reference kernel say."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads = 2, 4, 2
+    q, k, v, dout = (
+        torch.randn(batch, length, h, d, device=device).to(dtype)
+        for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim), (heads, value_dim))
+    )
+    for rows, keys, mask in tiles(fields, length, kv_heads, q, k, documents):
+        inputs = q[:, rows], k[:, keys], v[:, keys]
+        options = {"scale": 0.3, "dropout": None}
+        right, right_lse = Eager().forward(*inputs, mask, **options)
+        out, lse = kernel.forward(*inputs, mask, **options)
+        assert torch.equal(lse == -torch.inf, right_lse == -torch.inf)
+        seen = right_lse > -torch.inf
+        assert (lse - right_lse)[seen].abs().max() < max(bound / 4, 1e-5)
+        found = [out]
+        expected = [right]
+        rest = right.to(dtype) if kernel.rounds else right, right_lse, mask
+        for one, into in ((kernel, found), (Eager(), expected)):
+            into += one.backward(dout[:, rows], *inputs, *rest, **options, deterministic=False)
+        for x, y in zip(found, expected, strict=True):
+            assert (x.to(y.dtype) - y).abs().max() < bound
+
+
+def blocks(*patterns, block_q=16, block_kv=16, **fields):
+    return {"patterns": patterns, "block_q": block_q, "block_kv": block_kv, **fields}
+
+
+LOCAL = {"kind": "local", "left": 20, "right": 3}
+CASES = {
+    "causal window": (blocks(LOCAL, causal=True), 45),
+    "heads that differ": (blocks({"kind": "random", "blocks": 2}, {"kind": "sink", "n": 3}), 45),
+    "batch rows that differ": (
+        blocks({"kind": "topk", "blocks": 2}, {"kind": "global_tokens", "ids": [5]}),
+        45,
+    ),
+    "odd sizes": (blocks({"kind": "strided", "stride": 7}, block_q=12, block_kv=20), 45),
+    "large blocks": (
+        blocks({"kind": "dilated", "window": 7, "rate": 3}, block_q=64, block_kv=128, causal=True),
+        150,
+    ),
+    "documents": (blocks(LOCAL, block_q=128, block_kv=128), 150, (0, 20, 97, 150)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batched_products_equal_the_reference(case):
+    for dtype, bound in ((torch.float64, 1e-12), (torch.bfloat16, 1e-4)):
+        compare(Batched(), *CASES[case], dtype=dtype, bound=bound, device="cpu")
+    compare(
+        Batched(), *CASES[case], dim=6, value_dim=5, dtype=torch.float64, bound=1e-12, device="cpu"
+    )
+
+
+def test_what_no_list_names_is_not_read():
+    """Neither forward nor backward: NaN there goes nowhere."""
+    table = torch.eye(4, dtype=torch.bool)
+    table[3] = table[:, 3] = False
+    fields = blocks({"kind": "blocks", "table": table})
+    q = torch.randn(1, 64, 2, 8, dtype=torch.float64)
+    ((rows, keys, _),) = tiles(fields, 64, 2, q, q)
+    assert (rows, keys) == (slice(0, 48), slice(0, 48))
+    q[:, 48:] = torch.nan
+    out = registry.create("blocksparse", **fields)(q, q, q)
+    assert not out[:, :48].isnan().any()
+    assert (out[:, 48:] == 0).all()
+
+
+def interpret():
+    """Called by the test below, in the interpreter's process."""
+    from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
+
+    kernel = TritonBlocks()
+    for name in CASES.keys() - {"documents"}:
+        compare(kernel, *CASES[name], dtype=torch.float32, bound=1e-5, device="cpu")
+    # The interpreter knows no products of bfloat16.
+    compare(kernel, *CASES["causal window"], dtype=torch.float16, bound=1e-2, device="cpu")
+    compare(
+        kernel,
+        *CASES["odd sizes"],
+        dim=20,
+        value_dim=12,
+        dtype=torch.float32,
+        bound=1e-5,
+        device="cpu",
+    )
+
+
+def compile_for_a_gpu():
+    """The programs are compiled to machine code of Hopper, and fit its shared memory."""
+    import triton
+    from ring_attention_blocksparse.kernels import programs
+    from ring_attention_blocksparse.kernels.triton_blocks import shape_for
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    halves = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}
+    types = {
+        "lse": "*fp32",
+        "delta": "*fp32",
+        "lists": ("*i32",) * 4,
+        "bits": "*i32",
+        "q_pieces": ("*i64",) * 2,
+        "kv_pieces": ("*i64",) * 2,
+        "layers": ("i32",) * 2,
+        "scale": "fp32",
+    }
+    for size in (128, 256):
+        shape = shape_for(torch.bfloat16, size, large=True)
+        for program in (programs.forward, programs.query_gradients, programs.key_gradients):
+            constants = dict.fromkeys(("D", "DV", "PD", "PDV"), size)
+            constants |= {"LARGEST_Q": 128, "LARGEST_KV": 128, "WORDS": 4}
+            constants |= {"BM": shape.rows_q, "BN": shape.rows_kv}
+            signature, known, attributes = {}, {}, {}
+            for i, name in enumerate(program.arg_names):
+                if name in constants:
+                    signature[name], known[i,] = "constexpr", constants[name]
+                elif name.endswith("strides"):
+                    last = "i64" if name.startswith(("lse", "delta")) else "constexpr"
+                    signature[name] = ("i64", "i64", "i64", last)
+                    known |= {} if last == "i64" else {(i, 3): 1}
+                    attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+                else:
+                    signature[name] = "*bf16" if name in halves else types.get(name, "i32")
+                    if name in halves:
+                        attributes[i,] = [["tt.divisibility", 16]]
+            compiled = triton.compile(
+                ASTSource(program, signature, constexprs=known, attrs=attributes),
+                target=GPUTarget("cuda", 90, 32),
+                options={"num_warps": shape.warps, "num_stages": shape.stages},
+            )
+            assert compiled.metadata.shared <= 227 * 1024
+            assert "wgmma.mma_async" in compiled.asm["ptx"] or size == 256
+            assert "cp.async" in compiled.asm["ptx"], "loads overlap with products"
+
+
+@pytest.mark.parametrize(
+    ("function", "interpreted"), [("interpret", "1"), ("compile_for_a_gpu", "0")]
+)
+def test_triton_programs(function, interpreted):
+    """In a process of its own: the interpreter is chosen when they are first imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_block_kernels; test_block_kernels.{function}()"],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": interpreted,
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dim", [16, 64, 128, 192])
+def test_triton_programs_on_a_gpu(case, dim):
+    from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
+
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 0.15)):
+        compare(
+            TritonBlocks(),
+            *CASES[case],
+            dim=dim,
+            value_dim=dim,
+            dtype=dtype,
+            bound=bound,
+            device="cuda",
+        )
