@@ -9,13 +9,17 @@ of :class:`Plan` with one method, :meth:`Plan.tiles`; ring order and transfers
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ring_core.layout import Layout
 from ring_core.masks import Mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -194,6 +198,21 @@ class Plan(ABC):
         """Of all KV heads; of as many as there are phases, where a plan knows no number."""
         return Fraction(heads.phases, heads.step)
 
+    def facts(self) -> Mapping[str, str]:
+        """What a variant says of a plan beside work and transfers, for people, by name."""
+        return {}
+
+    def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor | None:
+        """For pictures: of which cells ``rank`` computes something with ``owner``'s keys.
+
+        Args:
+            cells: along each side of the map. length: tokens along each side.
+
+        Returns:
+            bool [cells, cells], queries first; None: it is found out by looking at tiles.
+        """
+        return None
+
     def work(self, rank: int, batch: int = 1) -> Fraction:
         """Visible pairs that ``rank`` computes, summed over ``batch`` batch rows: the mean over
         heads."""
@@ -250,6 +269,12 @@ class ForHeads(Plan):
 
     def work(self, rank: int, batch: int = 1) -> Fraction:
         return self.whole.work(rank, batch)
+
+    def facts(self) -> Mapping[str, str]:
+        return self.whole.facts()
+
+    def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor | None:
+        return self.whole.cells(rank, owner, cells, length)
 
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         return [

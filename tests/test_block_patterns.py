@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field
-from ring_attention_blocksparse import BlockSparseConfig, BlockSparseRingAttention, Pattern
+from ring_attention_blocksparse import BlockSparseConfig, BlockSparseRingAttention
 from ring_attention_blocksparse import reference as by_definition
 
-from ring_core import hookimpl, reference, registry
+from ring_core import reference, registry
 from ring_core.errors import ConfigError, InputError
 from ring_core.plan import ForHeads
 from ring_core.rounds import elements_fetched, elements_sent, rounds
 from ring_core.sequences import Sequences
+
+DOCS = Path(__file__).parent.parent / "docs" / "blocksparse.md"
 
 # Every kind, in any mixture
 
@@ -365,40 +369,32 @@ def test_without_patterns_it_is_dense_or_dilated():
 # A third party's kind
 
 
-class Even(Pattern):
-    """Every query sees the keys at even indices that are not far behind."""
-
-    kind: Literal["even"] = "even"
-    far: int = Field(ge=0)
-
-    def reach(self, scene, q, head):
-        return scene.offsets(q, 1, -self.far, 0).at_most()
-
-    def sees(self, scene, i, j):
-        return (j % 2 == 0) & (j <= i) & (i - j <= self.far)
-
-
-class BringsEven:
-    RING_HOOK_API = 1
-
-    @hookimpl
-    def blocksparse_patterns(self):
-        return [Even]
+def documented():
+    """The plugin in the docs, as a module."""
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+        if "blocksparse_patterns" in block
+    ]
+    module = types.ModuleType("even_keys")
+    sys.modules[module.__name__] = module  # pydantic looks annotations up there
+    exec(code, vars(module))
+    return module
 
 
 def test_a_third_party_brings_a_kind():
-    registry.register(BringsEven(), name="even")
+    registry.register(documented(), name="even")
     try:
         attention = registry.create(
-            "blocksparse", patterns=[{"kind": "even", "far": 9}], block_q=4, block_kv=4
+            "blocksparse", patterns=[{"kind": "even_keys", "far": 9}], block_q=4, block_kv=4
         )
         q = torch.randn(1, 37, 2, 4, dtype=torch.float64)
         i, j = torch.arange(37)[:, None], torch.arange(37)
         seen = (j % 2 == 0) & (j <= i) & (i - j <= 9)
         expected, _ = reference.attention(q, q, q, seen)
         assert torch.allclose(attention(q, q, q), expected, atol=1e-12, rtol=0)
-        assert '"even"' in json.dumps(BlockSparseConfig.model_json_schema())
+        assert '"even_keys"' in json.dumps(BlockSparseConfig.model_json_schema())
     finally:
         registry.unregister("even")
-    with pytest.raises(ConfigError, match="unknown kind of pattern 'even'"):
-        registry.create("blocksparse", patterns=[{"kind": "even", "far": 9}])
+    with pytest.raises(ConfigError, match="unknown kind of pattern 'even_keys'"):
+        registry.create("blocksparse", patterns=[{"kind": "even_keys", "far": 9}])

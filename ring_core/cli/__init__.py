@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from importlib_metadata import version
 
-from ring_core.cli import demo, doctor, listing
+from ring_core.cli import demo, doctor, listing, plan
 from ring_core.errors import RingError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_COMMANDS = {"list": listing, "doctor": doctor, "demo": demo}
+_COMMANDS = {"list": listing, "plan": plan, "doctor": doctor, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,12 +6,13 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ring_core.cli.arguments import at_least
 from ring_core.cli.output import console, print_json, table
 from ring_core.errors import DemoError
 
@@ -39,19 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("segment-lengths", "dilated attention: tokens of each branch's segments, as 1024 8192"),
         ("dilation-rates", "and of how many tokens each branch keeps one, as 1 4"),
     ):
-        parser.add_argument(f"--{name}", type=_at_least(1), nargs="+", metavar="N", help=what)
+        parser.add_argument(f"--{name}", type=at_least(1), nargs="+", metavar="N", help=what)
     parser.add_argument(
-        "--processes", type=_at_least(2), default=4, metavar="N", help="default: %(default)s"
+        "--processes", type=at_least(2), default=4, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
         "--context",
-        type=_at_least(1),
+        type=at_least(1),
         default=8192,
         metavar="N",
         help="tokens (bytes) of the one sequence of a step; any number (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=_at_least(2), default=32, metavar="N", help="default: %(default)s"
+        "--steps", type=at_least(2), default=32, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
         "--output",
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="of weights and windows (default: %(default)s)",
@@ -107,19 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
         _show(out, compared)
         out.print(f"\nWritten: {folder / 'report.json'}, {folder / 'report.png'}", soft_wrap=True)
     return _verdict(out, compared)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too few: at least {least}")
-        return value
-
-    return number
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -98,6 +98,38 @@ class BlockPlan(Plan):
             shown += rows * float(self._degrees(part.scene).sum())
             left += rows * float(admitted_count(part.scene).sum())
         return shown / left if left else 0.0
+
+    def facts(self) -> Mapping[str, str]:
+        chosen = any(pattern.chosen for pattern in self.patterns)
+        at_most = "at most " if chosen else ""
+        found = {
+            "density": f"{at_most}{self.density():.4f} of the block pairs that the mask leaves"
+        }
+        if self.parts:
+            scene = self.parts[0].scene
+            found["blocks"] = f"{scene.block_q} queries x {scene.block_kv} keys"
+        if chosen:
+            found["chosen blocks"] = (
+                "all visible keys travel; which ones are computed with is known in a call"
+            )
+        return found
+
+    def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor:
+        shown = torch.zeros(cells, cells, dtype=torch.bool)
+        for part in self.parts[:1]:
+            scene, (heads, *_) = part.scene, self.classes() or [range(1)]
+            mine, theirs = (
+                _blocks_of(_inside(runs_of(layout, peer), scene.stop), size)
+                for layout, peer, size in (
+                    (self.queries, rank, scene.block_q),
+                    (self.keys, owner, scene.block_kv),
+                )
+            )
+            query, block = self.needed(scene, heads[:1], mine)
+            query, block = (x[torch.isin(block, theirs)] for x in (query, block))
+            x, y = mine[query] * scene.block_q, block * scene.block_kv
+            shown[x * cells // length, y * cells // length] = True
+        return shown
 
     # Heads that see alike
 
