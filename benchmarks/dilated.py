@@ -13,25 +13,21 @@ dk and dv too, but for the other queries' lse and out, which are those of the ru
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import hardware
 from ring_core import registry
-from ring_core.errors import RingError
 from ring_core.launching import Worker, launch
+from timing import Stopwatch
 
 HEADS, HEAD_DIM = 8, 64
 SEGMENTS = [2048 << i for i in range(6)]
@@ -59,11 +55,12 @@ def measure(worker: Worker, job: Job, name: str, way: str) -> list[dict[str, Any
     fields: dict[str, Any] = {"causal": job.causal}
     if name == "dilated":
         fields |= {"segment_lengths": job.segments, "dilation_rates": job.rates}
-    attention = registry.create("standard", **fields)
+    attention, watch = registry.create("standard", **fields), Stopwatch(worker)
     found: list[dict[str, Any]] = []
     tokens = job.shortest
     while tokens <= job.longest:
-        one = _measure(worker, job, attention, tokens, way)
+        # A rank that runs out of memory inside of a case must not leave the others in it.
+        one = watch.together(lambda: _Case(worker, job, attention, tokens, way).measure())  # noqa: B023
         if one is None:
             break
         found.append(one)
@@ -75,25 +72,10 @@ def measure(worker: Worker, job: Job, name: str, way: str) -> list[dict[str, Any
     return found
 
 
-def _measure(
-    worker: Worker, job: Job, attention: Any, tokens: int, way: str
-) -> dict[str, Any] | None:
-    """Time, memory and error of one length; None if some rank has too little memory."""
-    found: dict[str, Any] | None = None
-    with contextlib.suppress(torch.OutOfMemoryError, RingError):  # a peer's is a RingError here
-        found = _Case(worker, job, attention, tokens, way).measure()
-    if worker.device.type == "cuda":
-        torch.cuda.empty_cache()
-    fits = torch.tensor(float(found is not None), device=worker.device)
-    if worker.world > 1:
-        dist.all_reduce(fits, dist.ReduceOp.MIN)
-    return found if float(fits) else None
-
-
 class _Case:
     def __init__(self, worker: Worker, job: Job, attention: Any, tokens: int, way: str) -> None:
         self.worker, self.job, self.attention, self.way = worker, job, attention, way
-        self.plan = attention.plan(tokens)
+        self.plan, self.watch = attention.plan(tokens), Stopwatch(worker)
         generator = torch.Generator(worker.device).manual_seed(worker.rank)
         shape = 1, self.plan.local_len, HEADS, HEAD_DIM
         self.q, self.k, self.v, *rest = (
@@ -111,18 +93,12 @@ class _Case:
         results = self._run()  # compiles and allocates
         error = self._error(*results) if self.attention.config.segment_lengths else None
         del results
-        self._synchronize()
-        if self.worker.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        once = self._time(1)
-        repeats = max(1, min(20, int(0.3 / once)))
-        times = [self._time(repeats) for _ in range(self.job.turns)]
-        memory = torch.cuda.max_memory_allocated() if self.worker.device.type == "cuda" else 0
-        shared = self._shared()
+        memory = self.watch.bytes(self._run)
+        milliseconds = self.watch.milliseconds(self._run, self.job.turns)
         return {
             "tokens": self.plan.sequences.q_len,
-            "ms": 1e3 * self._slowest(statistics.median(times)),
-            "bytes": self._slowest(memory + shared),
+            "ms": milliseconds,
+            "bytes": memory + self._shared(),
             "error": error,
         }
 
@@ -133,27 +109,6 @@ class _Case:
         inputs = self.q, self.k, self.v
         out, lse = self.attention(*inputs, plan=self.plan, return_lse=True)
         return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, self.dout)
-
-    def _time(self, repeats: int) -> float:
-        self._synchronize()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            self._run()
-        if self.worker.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self._slowest((time.perf_counter() - started) / repeats)
-
-    def _synchronize(self) -> None:
-        if self.worker.device.type == "cuda":
-            torch.cuda.synchronize()
-        if self.worker.world > 1:
-            dist.barrier()
-
-    def _slowest(self, figure: float) -> float:
-        on_all = torch.tensor(float(figure), device=self.worker.device, dtype=torch.float64)
-        if self.worker.world > 1:
-            dist.all_reduce(on_all, dist.ReduceOp.MAX)
-        return float(on_all)
 
     def _shared(self) -> int:
         communicator = self.attention.communicator(self.plan, self.worker.device)
@@ -167,7 +122,9 @@ class _Case:
             first % w == 0 and (last + 1) % w == 0 for w in self.job.segments
         )
         errors = self._errors(out, lse, *gradients) if local else {}
-        found = {name: self._slowest(errors.get(name, -1.0)) for name in ("out", "dq", "dk", "dv")}
+        found = {
+            name: self.watch.slowest(errors.get(name, -1.0)) for name in ("out", "dq", "dk", "dv")
+        }
         known = {name: error for name, error in found.items() if error >= 0}
         return known or None
 

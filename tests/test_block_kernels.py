@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ring_attention_blocksparse.kernels.batched import Batched
+from ring_attention_blocksparse.kernels.cpu_blocks import CpuBlocks
 from ring_attention_standard.kernels.eager import Eager
 
 from ring_core import registry
@@ -22,7 +22,7 @@ def tiles(fields, length, kv_heads, q, k, documents=None):
     attention = registry.create("blocksparse", **fields)
     plan = attention.plan(cu_seqlens=documents or [0, length])
     choice = attention.choose(plan, q, k, Exchange(0, 1, None))
-    program = Program.build(plan.plan, 0, Batched(), kv_heads=kv_heads)
+    program = Program.build(plan.plan, 0, CpuBlocks(), kv_heads=kv_heads)
     for tile in program.rounds[0].tiles:
         rows, keys = (slice(x.start, x.start + x.count) for x in (tile.q, tile.kv))
         yield rows, keys, tile.mask.filled(choice, tile.batch)
@@ -75,11 +75,17 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_batched_products_equal_the_reference(case):
+def test_lists_as_batches_equal_the_reference(case):
     for dtype, bound in ((torch.float64, 1e-12), (torch.bfloat16, 1e-4)):
-        compare(Batched(), *CASES[case], dtype=dtype, bound=bound, device="cpu")
+        compare(CpuBlocks(), *CASES[case], dtype=dtype, bound=bound, device="cpu")
     compare(
-        Batched(), *CASES[case], dim=6, value_dim=5, dtype=torch.float64, bound=1e-12, device="cpu"
+        CpuBlocks(),
+        *CASES[case],
+        dim=6,
+        value_dim=5,
+        dtype=torch.float64,
+        bound=1e-12,
+        device="cpu",
     )
 
 

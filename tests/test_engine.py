@@ -170,7 +170,7 @@ def test_two_blocks_of_keys_are_held_whatever_the_world_size(
         (3, 3, "joining"),
         (4, 3, "rounding"),
         (8, 3, "usual"),
-        (8, 9, "joining"),
+        (4, 9, "joining"),
     ],
 )
 def test_rounds_of_several_steps_equal_the_reference(

@@ -6,3 +6,11 @@ from ring_core.testing import Conformance
 class TestStandard(Conformance):
     variant = "standard"
     layouts = ("auto", "zigzag", "striped")
+    in_every_layout = (
+        "odd",
+        "shorter than the group",
+        "packed batch",
+        "padded",
+        "more keys",
+        "packed cross",
+    )

@@ -51,6 +51,9 @@ class Conformance:
     layouts: ClassVar[Sequence[str]] = ("auto",)
     """Layouts to try each config in."""
 
+    in_every_layout: ClassVar[Sequence[str] | None] = None
+    """Sequences, by name, to try in layouts after the first one too; None: all."""
+
     sequences: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "odd": {"seq_len": 37},
         "shorter than the group": {"seq_len": 5},
@@ -269,7 +272,8 @@ def cases_of(suite: type[Conformance]) -> list[Any]:
         )
         for name, sizes in suite.sequences.items()
         for fields in suite.fields
-        for layout in suite.layouts
+        for place, layout in enumerate(suite.layouts)
+        if place == 0 or suite.in_every_layout is None or name in suite.in_every_layout
     ]
 
 

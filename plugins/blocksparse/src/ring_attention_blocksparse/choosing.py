@@ -10,7 +10,7 @@ from torch import Tensor
 from ring_attention_blocksparse.mask import Choice
 from ring_attention_blocksparse.pairs import active, admitted_count
 from ring_attention_blocksparse.patterns import Pattern
-from ring_attention_blocksparse.planner import BlockPlan
+from ring_attention_blocksparse.planner import BlockPlan, Part
 from ring_attention_blocksparse.scene import Scene
 from ring_attention_blocksparse.tables import Pieces
 from ring_core.exchange import Exchange
@@ -21,6 +21,7 @@ from ring_core.tiling import runs_of
 
 _ELEMENTS = 1 << 25
 """Numbers held at once."""
+_CPU = torch.device("cpu")
 
 
 def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice | None:
@@ -33,14 +34,10 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
         q: [B, S, Hq, D]. k: [B, S, Hkv, D]: this rank's shards.
     """
     patterns = [pattern for pattern in plan.patterns if pattern.chosen]
-    if not patterns:
+    if not patterns or not plan.parts:
         return None
     scene, dtype = plan.parts[0].scene, accumulation_dtype(q.dtype)
-    stops = torch.zeros(q.shape[0], dtype=torch.int64)
-    for part in plan.parts:
-        rows = part.batch if part.batch is not None else range(q.shape[0])
-        stops[rows.start : rows.stop] = part.scene.stop
-    stops = stops.to(q.device)
+    stops = _stops(plan.parts, q.shape[0], q.device)
     # Of queries a rank needs its own blocks' alone.
     others = exchange if _is_shared(plan.queries, scene.block_q) else None
     queries = _pooled(
@@ -49,7 +46,7 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
     keys = _pooled(plan.keys, scene.block_kv, k.unsqueeze(3), stops, exchange.rank, exchange).to(
         dtype
     )
-    index = _held(plan.queries, scene.block_q, exchange.rank).to(q.device)
+    index = _held(plan.queries, scene.block_q, exchange.rank, q.device)
     blocks: dict[Pattern, Tensor] = {
         pattern: torch.full(
             (q.shape[0], k.shape[2], len(index), min(pattern.chosen, scene.key_blocks)),
@@ -81,7 +78,7 @@ def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
     shown = left = 0.0
     for part in plan.parts:
         scene = part.scene
-        index = _held(plan.queries, scene.block_q, rank)
+        index = _held(plan.queries, scene.block_q, rank, _CPU)
         visible = float(admitted_count(scene)[index].sum())
         rows = 1 if part.batch is None else len(part.batch)
         if choice is not None and part.batch is None:
@@ -117,7 +114,7 @@ def _pooled(
     """
     sums, count = _sums(layout, size, x, stops, rank), -(-layout.length // size)
     total = sums.new_zeros(sums.shape[0], count, *sums.shape[2:])
-    held = [_held(layout, size, peer).to(x.device) for peer in range(layout.world)]
+    held = [_held(layout, size, peer, x.device) for peer in range(layout.world)]
     if exchange is None:
         total.index_add_(1, held[rank], sums)
     else:
@@ -132,16 +129,16 @@ def _pooled(
 
 def _is_shared(layout: Layout, size: int) -> bool:
     """Whether tokens of some block lie on several ranks."""
-    held = sum(len(_held(layout, size, rank)) for rank in range(layout.world))
+    held = sum(len(_held(layout, size, rank, _CPU)) for rank in range(layout.world))
     return held > -(-layout.length // size)
 
 
 def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Tensor:
     """Sums over this rank's tokens of each block that it holds some of: float64 [B, n, K, D]."""
-    index = _held(layout, size, rank)
-    pieces = Pieces.of(runs_of(layout, rank), size, x.device)
+    index = _held(layout, size, rank, x.device)
+    pieces = _pieces(layout, size, rank, x.device)
     total = x.new_zeros(x.shape[0], len(index), x.shape[2], x.shape[4], dtype=torch.float64)
-    target = torch.searchsorted(index.to(x.device), pieces.block)
+    target = torch.searchsorted(index, pieces.block)
     place = torch.arange(pieces.largest, device=x.device)
     step = max(1, _ELEMENTS // (pieces.largest * x[:, 0].numel()))
     for some in torch.split(torch.arange(len(pieces), device=x.device), step):
@@ -155,10 +152,28 @@ def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Ten
 
 
 @lru_cache(maxsize=256)
-def _held(layout: Layout, size: int, rank: int) -> Tensor:
-    """The blocks that a rank holds tokens of, ascending."""
-    blocks: Tensor = torch.unique(Pieces.of(runs_of(layout, rank), size, torch.device("cpu")).block)
-    return blocks
+def _held(layout: Layout, size: int, rank: int, device: torch.device) -> Tensor:
+    """The blocks that a rank holds tokens of, ascending; kept on ``device`` for a while."""
+    with torch.inference_mode(False):
+        blocks: Tensor = torch.unique(_pieces(layout, size, rank, device).block)
+        return blocks
+
+
+@lru_cache(maxsize=256)
+def _pieces(layout: Layout, size: int, rank: int, device: torch.device) -> Pieces:
+    with torch.inference_mode(False):
+        return Pieces.of(runs_of(layout, rank), size, device)
+
+
+@lru_cache(maxsize=256)
+def _stops(parts: tuple[Part, ...], batch: int, device: torch.device) -> Tensor:
+    """How many tokens each batch row has: int64 [B]."""
+    stops = [0] * batch
+    for part in parts:
+        for row in range(batch) if part.batch is None else part.batch:
+            stops[row] = part.scene.stop
+    with torch.inference_mode(False):
+        return torch.tensor(stops, dtype=torch.int64, device=device)
 
 
 def _scores(scene: Scene, index: Tensor, queries: Tensor, keys: Tensor) -> Tensor:

@@ -99,18 +99,17 @@ class Filled(Mask):
                     chosen = chosen[self.batch.start : self.batch.stop]
                 chosen = chosen[:, mask.heads.start : mask.heads.stop]
                 lanes.append(_pieces_of(chosen[:, :, place], kv))
+        # Lists of all batch rows and heads stand end to end; behind them what is no pair. Nothing
+        # here waits for a GPU to say how much there is.
         y = torch.cat(lanes, dim=-1)
-        batch = y.shape[0]
+        batch, nowhere = y.shape[0], y.shape[0] * heads * len(q)
         x = torch.arange(len(q), device=y.device)[:, None].expand(y.shape)
-        there = y < len(kv)
-        at = y.clamp_max(max(0, len(kv) - 1))
-        number = static.edge_mask(x, at, there)
-        there &= number >= FULL
-        # Lists of all batch rows and heads end to end; what is seen anyway stands behind what was
-        # chosen, of which more is seen.
+        other = y.clamp_max(max(0, len(kv) - 1))
+        number = static.number(x, other)
+        there = (y < len(kv)) & (number >= FULL)
         layer = torch.arange(batch * heads, device=y.device)
-        which = (layer.view(batch, heads, 1, 1) * len(q) + x)[there]
-        parts = [(which, at[there], number[there])]
+        which = (layer.view(batch, heads, 1, 1) * len(q) + x).where(there, nowhere)
+        parts = [(which.flatten(), other.flatten(), number.flatten())]
         for n, pairs in enumerate(static.pairs):
             mine = layer if len(static.pairs) == 1 else layer.view(batch, heads)[:, n]
             shape = len(mine), len(pairs.q)
@@ -121,13 +120,14 @@ class Filled(Mask):
                     pairs.mask.expand(shape).flatten(),
                 )
             )
-        which, other, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
+        which, other, number = (torch.cat(column) for column in zip(*parts, strict=True))
+        # Of a pair that is chosen and seen anyway the first is kept, which shows more.
         key, order = torch.sort(which * (len(kv) + 1) + other, stable=True)
-        first = torch.ones_like(key, dtype=torch.bool)
-        first[1:] = key[1:] != key[:-1]
-        order = order[first]
+        which, other, number = which[order], other[order], number[order]
+        again = torch.zeros_like(key, dtype=torch.bool)
+        again[1:] = key[1:] == key[:-1]
         return Tables.of_pairs(
-            q, kv, static.bits, batch, heads, which[order], other[order], numbers[order]
+            q, kv, static.bits, batch, heads, which.masked_fill(again, nowhere), other, number
         )
 
     def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
@@ -174,9 +174,9 @@ class _Static:
     bits: Tensor
     edges: Pairs
 
-    def edge_mask(self, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
-        """The mask's number for pairs of pieces of which all would be seen: :data:`FULL`, or less
-        where nothing is."""
+    def number(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mask's number for pairs of pieces of which a pattern shows all: :data:`FULL`, or less
+        where the mask lets nothing through."""
         q, kv = self.q, self.kv
         clear = admitted(self.scene, q.token[x], q.last[x], kv.token[y], kv.last[y])
         number = torch.where(clear.whole, FULL, FULL - 1)
@@ -229,8 +229,7 @@ def _pieces_of(blocks: Tensor, kv: Pieces) -> Tensor:
     sorted_blocks = kv.block[order]
     first = torch.searchsorted(sorted_blocks, blocks.contiguous())
     stop = torch.searchsorted(sorted_blocks, blocks.contiguous(), right=True)
-    most = int(torch.bincount(kv.block).max()) if len(kv) else 1
-    place = first[..., None] + torch.arange(most, device=blocks.device)
+    place = first[..., None] + torch.arange(kv.most, device=blocks.device)
     there = place < stop[..., None]
     order = torch.cat([order, order.new_tensor([len(kv)])])
     return torch.where(there, order[place.clamp_max(len(kv))], len(kv)).flatten(-2)

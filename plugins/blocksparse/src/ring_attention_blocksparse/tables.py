@@ -32,7 +32,7 @@ class Pieces:
         row, size: [n], a piece's first row and how many there are.
         token, step: [n], the first row's token, and how far the next one's is from it.
         block: [n], the block that the tokens are in.
-        largest, total: of the sizes, and their sum.
+        largest, total: of the sizes, and their sum. most: pieces that one block has.
     """
 
     row: Tensor
@@ -42,6 +42,7 @@ class Pieces:
     block: Tensor
     largest: int
     total: int
+    most: int
 
     @staticmethod
     def of(runs: Sequence[Run], block: int, device: torch.device) -> Pieces:
@@ -60,7 +61,8 @@ class Pieces:
         rows, sizes, tokens, steps, blocks = (x[kept].to(device) for x in found)
         size = (end - begin)[kept]
         largest = int(size.max()) if len(size) else 1
-        return Pieces(rows, sizes, tokens, steps, blocks, largest, int(size.sum()))
+        most = int(torch.unique(index[kept], return_counts=True)[1].max()) if len(size) else 1
+        return Pieces(rows, sizes, tokens, steps, blocks, largest, int(size.sum()), most)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -93,7 +95,7 @@ class Lists:
 
     @staticmethod
     def of(lists: int, which: Tensor, other: Tensor, mask: Tensor, plain: Tensor) -> Lists:
-        """From pairs in any order, and whether each is plain."""
+        """From pairs in any order, and whether each is plain; those behind all lists are left."""
         key, order = torch.sort(2 * which + plain, stable=True)
         edges = 2 * torch.arange(lists + 1, device=which.device)
         start, first = (torch.searchsorted(key, x).int() for x in (edges, edges[:-1] + 1))
@@ -133,8 +135,12 @@ class Tables:
         other: Tensor,
         mask: Tensor,
     ) -> Tables:
-        """From pairs, sorted by list and piece: ``which`` counts lists of queries, ``other`` is a
-        piece of keys."""
+        """From pairs, sorted by list and piece.
+
+        Args:
+            which: the list, counted by pieces of queries; behind all lists what is no pair.
+            other: a piece of keys. mask: the mask's number.
+        """
         lists, size = batch * heads, max(1, len(q))
         back, full = which // size * len(kv) + other, mask == FULL
         plain = full & (kv.size[other] == kv.largest)

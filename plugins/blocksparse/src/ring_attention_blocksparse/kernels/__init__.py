@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ring_attention_blocksparse.kernels.batched import Batched
+from ring_attention_blocksparse.kernels.cpu_blocks import CpuBlocks
 from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 from ring_core.protocols import AttentionKernel
 
-KERNELS: tuple[AttentionKernel, ...] = (TritonBlocks(), Batched())
+KERNELS: tuple[AttentionKernel, ...] = (TritonBlocks(), CpuBlocks())

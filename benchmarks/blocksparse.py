@@ -1,0 +1,366 @@
+"""Block-sparse attention beside dense: speed against the ceiling that its density sets, and error.
+
+``python benchmarks/blocksparse.py --output benchmarks/results`` on a machine with GPUs writes a
+page and the numbers; without ``--output`` it prints the table. Every family of patterns at every
+length and density, on all ranks and on one; the dense ring; and dense attention on one GPU with the
+fastest kernel there. Causal families are measured against causal attention, and their density is
+among causal pairs. Figures are medians of the slowest rank.
+
+Errors are relative, against float64 from the definition, of out and gradients of some tokens. Every
+tensor is really there; each rank draws the whole sequence alike and keeps its shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ring_attention_blocksparse.pairs import Span, active, candidates, seen
+from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.scene import Scene
+from torch import Tensor
+
+import hardware
+from ring_core import registry
+from ring_core.launching import Worker, launch
+from timing import Stopwatch
+
+HEADS, HEAD_DIM, BLOCK = 8, 128, 128
+LENGTHS = [1 << 15, 1 << 17, 1 << 19, 1 << 20]
+DENSITIES = [0.005, 0.01, 0.02, 0.05, 0.1]
+DENSE_SECONDS = 20.0
+"""Dense attention is left out where it would take longer."""
+
+
+def window(tokens: int, density: float) -> dict[str, Any]:
+    side = round(density * tokens / 2)
+    return {"patterns": [{"kind": "local", "left": side, "right": side}]}
+
+
+def sink_and_window(tokens: int, density: float) -> dict[str, Any]:
+    left = round(density * tokens / 2)
+    patterns = [{"kind": "sink", "n": 64}, {"kind": "local", "left": left, "right": 0}]
+    return {"patterns": patterns, "causal": True}
+
+
+def random_global_local(tokens: int, density: float) -> dict[str, Any]:
+    side, blocks = round(density * tokens / 4), round(density * tokens / 2 / BLOCK)
+    return {
+        "patterns": [
+            {"kind": "random", "blocks": max(1, blocks)},
+            {"kind": "global_tokens", "ids": list(range(32))},
+            {"kind": "local", "left": side, "right": side},
+        ]
+    }
+
+
+def topk(tokens: int, density: float) -> dict[str, Any]:
+    return {"patterns": [{"kind": "topk", "blocks": max(1, round(density * tokens / BLOCK))}]}
+
+
+FAMILIES: dict[str, Callable[[int, float], dict[str, Any]]] = {
+    "window": window,
+    "sink and window, causal": sink_and_window,
+    "random, global and local": random_global_local,
+    "topk": topk,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure; the same for every rank."""
+
+    lengths: tuple[int, ...]
+    densities: tuple[float, ...]
+    families: tuple[str, ...]
+    turns: int
+    dtype: str
+    kernel: str
+
+
+def measure(worker: Worker, job: Job) -> list[dict[str, Any]]:
+    """All rows that this many ranks can measure. A task for :func:`ring_core.launching.launch`."""
+    watch, found = Stopwatch(worker), []
+    for tokens in job.lengths:
+        for name, fields in _cases(job, tokens):
+            one = watch.together(lambda: _measure(worker, job, watch, tokens, name, fields))  # noqa: B023
+            if one is not None:
+                found.append(one)
+                if worker.rank == 0:
+                    print(json.dumps(one), flush=True)
+    return found
+
+
+def _cases(job: Job, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    for causal in (False, True):
+        yield f"dense{', causal' if causal else ''}", {"variant": "standard", "causal": causal}
+    for family in job.families:
+        for density in job.densities:
+            if density * tokens >= 2 * BLOCK:
+                fields = FAMILIES[family](tokens, density)
+                sizes = {"block_q": BLOCK, "block_kv": BLOCK, "kernel": job.kernel}
+                yield family, {"variant": "blocksparse", **sizes, **fields}
+
+
+def _measure(
+    worker: Worker, job: Job, watch: Stopwatch, tokens: int, name: str, fields: dict[str, Any]
+) -> dict[str, Any] | None:
+    dense = fields["variant"] == "standard"
+    if dense and _flops(tokens, fields) / worker.world / _rate(worker) > DENSE_SECONDS:
+        return None
+    case = _Case(worker, job, registry.create(fields), tokens)
+    row: dict[str, Any] = {"name": name, "tokens": tokens, "ranks": worker.world}
+    case.both()  # compiles, allocates, makes tables
+    if not dense:
+        plan = case.plan.plan
+        row["density"] = case.attention.density if name == "topk" else plan.density()
+        row["imbalance"] = case.plan.imbalance
+        row["errors"] = case.errors()
+    for way, run in (("forward", case.forward), ("both", case.both)):
+        row[way] = watch.milliseconds(run, job.turns)
+        row[f"{way} bytes"] = watch.bytes(run)
+    sent = case.attention.communicator(case.plan, worker.device)
+    if sent is not None:
+        sent.counters.reset()
+        case.forward()
+        row["MB sent"] = watch.slowest(sent.counters.bytes_sent) / 1e6
+    return row
+
+
+def _flops(tokens: int, fields: dict[str, Any]) -> float:
+    """Of a forward and backward."""
+    pairs = tokens**2 / (2 if fields["causal"] else 1)
+    return 3.5 * 4 * pairs * HEADS * HEAD_DIM
+
+
+def _rate(worker: Worker) -> float:
+    """Operations a second that dense attention may be counted on to make."""
+    return 4e14 if worker.device.type == "cuda" else 2e10
+
+
+class _Case:
+    def __init__(self, worker: Worker, job: Job, attention: Any, tokens: int) -> None:
+        self.worker, self.attention, self.tokens = worker, attention, tokens
+        self.plan, self.dtype = attention.plan(tokens), getattr(torch, job.dtype)
+        self.q, self.k, self.v, self.dout = (
+            self.plan.shard(self._whole(which)).contiguous() for which in range(4)
+        )
+        for x in (self.q, self.k, self.v):
+            x.requires_grad_()
+
+    def _whole(self, which: int) -> Tensor:
+        """q, k, v or the gradient of out, of the whole sequence: alike on every rank."""
+        generator = torch.Generator(self.worker.device).manual_seed(which)
+        shape = 1, self.tokens, HEADS, HEAD_DIM
+        return torch.randn(shape, generator=generator, device=self.worker.device, dtype=self.dtype)
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.attention(self.q, self.k, self.v, plan=self.plan)
+
+    def both(self) -> tuple[Tensor, ...]:
+        inputs = self.q, self.k, self.v
+        out, lse = self.attention(*inputs, plan=self.plan, return_lse=True)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, self.dout)
+
+    def errors(self) -> dict[str, float]:
+        """Relative errors of some tokens: of out and dq; of dk and dv where no tensors choose."""
+        out, lse, *gradients = self.both()
+        found = [self.plan.unshard(x) for x in (out, *gradients)]
+        lse = self.plan.unshard(lse, dim=2)
+        q, k, v, dout = (self._whole(which)[0] for which in range(4))
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        scale = HEAD_DIM**-0.5
+        held = {
+            token for run in self.plan.plan.queries.rows[self.plan.rank] for token in _ends(run)
+        }
+        for token in sorted(held):
+            for head in (0, HEADS - 1):
+                keys = self._seen_by(token, head)
+                weights = torch.softmax(k[keys, head].double() @ q[token, head].double() * scale, 0)
+                right = weights @ v[keys, head].double()
+                given = dout[token, head].double()
+                slopes = weights * (v[keys, head].double() @ given - given @ right) * scale
+                pairs.setdefault("out", []).append((found[0][0, token, head], right))
+                pairs.setdefault("dq", []).append(
+                    (found[1][0, token, head], slopes @ k[keys, head].double())
+                )
+                queries = self._seeing(token, head)
+                if queries is None:
+                    continue
+                scores = q[queries, head].double() @ k[token, head].double() * scale
+                weights = torch.exp(scores - lse[0, head, queries].double())
+                given = dout[queries, head].double()
+                delta = (given * found[0][0, queries, head].double()).sum(-1)
+                slopes = weights * (given @ v[token, head].double() - delta) * scale
+                pairs.setdefault("dk", []).append(
+                    (found[2][0, token, head], slopes @ q[queries, head].double())
+                )
+                pairs.setdefault("dv", []).append((found[3][0, token, head], weights @ given))
+        return {
+            name: float(
+                torch.stack([a.double() - b for a, b in each]).norm()
+                / torch.stack([b for _, b in each]).norm()
+            )
+            for name, each in pairs.items()
+        }
+
+    def _seen_by(self, token: int, head: int) -> Tensor:
+        """The keys that a query of this rank sees."""
+        scene, patterns = self._scene, self._patterns(head)
+        block = token // scene.block_q
+        found = candidates(scene, patterns, scene.blocks(torch.tensor([block])), head)
+        blocks, whole = found.block, found.whole
+        choice = self.attention._latest[3]
+        if choice is not None:
+            place = int((choice.index == block).nonzero())
+            more = [choice.blocks[p][0, head, place] for p in patterns if p.chosen]
+            blocks = torch.unique(torch.cat([x[x >= 0].cpu() for x in more]))
+            whole = torch.ones_like(blocks, dtype=torch.bool)
+        tokens, keys = self._sides(token, blocks, scene.block_kv)
+        shown = seen(scene, patterns, tokens, keys, whole)
+        return keys.tokens()[0][shown[:, 0]].to(self.worker.device)
+
+    def _seeing(self, token: int, head: int) -> Tensor | None:
+        """The queries that see a key; None where tensors choose, on whatever rank."""
+        scene, patterns = self._scene, self._patterns(head)
+        if any(pattern.chosen for pattern in patterns):
+            return None
+        known, block = active(scene, patterns, head), token // scene.block_kv
+        pairs = (known.block == block).nonzero().squeeze(1)
+        index = torch.searchsorted(known.start, pairs, right=True) - 1
+        found = candidates(scene, patterns, scene.blocks(index), head)
+        there = found.block == block
+        tokens, queries = self._sides(token, index[found.query[there]], scene.block_q)
+        shown = seen(scene, patterns, queries, tokens, found.whole[there])
+        return queries.tokens()[0][shown[:, :, 0]].to(self.worker.device)
+
+    def _sides(self, token: int, blocks: Tensor, size: int) -> tuple[Span, Span]:
+        one, first = torch.full_like(blocks, token), blocks * size
+        last = (first + size - 1).clamp_max(self.tokens - 1)
+        return Span(one, one, 1), Span(first, last, size)
+
+    @property
+    def _scene(self) -> Scene:
+        return self.plan.plan.parts[0].scene
+
+    def _patterns(self, head: int) -> tuple[Pattern, ...]:
+        return self.plan.plan.of_head(head)
+
+
+def _ends(run: range) -> set[int]:
+    """Tokens of a run that are looked at."""
+    return {run[0], run[len(run) // 2], run[-1 - len(run) // 9], run[-1]}
+
+
+HEADER = [
+    "| patterns | tokens | density | forward, ms | with backward, ms | times our dense ring | "
+    "times dense on one GPU / ranks | of the ceiling | of one GPU's speed | MB sent a rank | "
+    "memory a rank, GB | imbalance | error of out, dq, dk, dv |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+WAYS = ("forward", "both")
+
+
+def table(many: list[dict[str, Any]], one: list[dict[str, Any]]) -> list[str]:
+    """Markdown; pairs of figures are forward / with backward.
+
+    The ceiling is the speed of dense attention on one GPU, times ranks, over the density.
+    """
+    alone, here = ({_key(row): row for row in rows} for rows in (one, many))
+    lines = [*HEADER]
+    for row in many:
+        if "density" not in row:
+            continue
+        against = "dense, causal" if "causal" in row["name"] else "dense", row["tokens"], None
+        ring, single, same = here.get(against), alone.get(against), alone.get(_key(row))
+        cells = [
+            row["name"],
+            f"{row['tokens']:,}",
+            f"{row['density']:.4f}",
+            *(f"{row[way]:.2f}" for way in WAYS),
+            _times(ring, row, 1, ".1f"),
+            _times(single, row, 1 / row["ranks"], ".1f"),
+            _times(single, row, row["density"] / row["ranks"], ".2f"),
+            _times(same, row, 1 / row["ranks"], ".2f"),
+            f"{row.get('MB sent', 0):,.1f}",
+            " / ".join(f"{row[f'{way} bytes'] / 1e9:.1f}" for way in WAYS),
+            f"{row['imbalance']:.3f}",
+            ", ".join(f"{x:.1e}" for x in row["errors"].values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| dense | tokens | ranks | forward, ms | with backward, ms |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in (*many, *one):
+        if "density" not in row:
+            times = " | ".join(f"{row[way]:.2f}" for way in WAYS)
+            lines.append(f"| {row['name']} | {row['tokens']:,} | {row['ranks']} | {times} |")
+    return lines
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    density = row.get("density")
+    return row["name"], row["tokens"], None if density is None else round(density, 5)
+
+
+def _times(other: dict[str, Any] | None, row: dict[str, Any], factor: float, how: str) -> str:
+    """How many times faster a row is than another one, times a factor; nothing without it."""
+    if other is None:
+        return ""
+    return " / ".join(format(other[way] / row[way] * factor, how) for way in WAYS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, help="folder for a dated page")
+    options = parser.parse_args()
+    job = Job(
+        tuple(options.lengths),
+        tuple(options.densities),
+        tuple(options.families),
+        options.turns,
+        options.dtype,
+        options.kernel,
+    )
+    device_type = "cuda" if gpus else "cpu"
+    many, one = (
+        launch(measure, job, processes=ranks, device_type=device_type)[0]
+        for ranks in (options.ranks, 1)
+    )
+    rows = table(many, one)
+    print("\n".join(rows), flush=True)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"{datetime.date.today().isoformat()}-blocksparse"
+        found = {"ranks": many, "one": one}
+        (options.output / f"{name}.json").write_text(json.dumps(found, indent=1))
+        page = [
+            f"# Block-sparse attention on {options.ranks} ranks, {HEADS} heads of {HEAD_DIM}, "
+            f"{job.dtype}, blocks of {BLOCK}",
+            "",
+            *hardware.lines(options.output),
+            "",
+            *rows,
+            "",
+        ]
+        (options.output / f"{name}.md").write_text("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()
