@@ -75,6 +75,8 @@ class RingAttentionConfig(BaseModel):
     ) -> tuple[int | None, int | None] | None:
         if window and any(side is not None and side < 0 for side in window):
             raise ValueError("both sides count tokens and are >= 0; None leaves a side open")
+        if window and any(side is not None and side > 2**62 for side in window):
+            raise ValueError("both sides are at most 2**62; None leaves a side open")
         return window
 
     @field_validator("segment_lengths", "dilation_rates", mode="before")

@@ -296,7 +296,7 @@ def _dropout(
             found.append(plan.keys.positions(step.source)[step.parts[part].rows.indices()])
         theirs = torch.cat(found)
     batch = tile.batch if tile.batch is not None else range(q.shape[0])
-    kv_heads = range(k.shape[2])[tile.heads.start :: tile.heads.step]
+    kv_heads = tile.heads.indices(k.shape[2])
     group = q.shape[2] // k.shape[2]
     repeats = (len(batch), tile.q.repeat)
     return Dropout(

@@ -30,6 +30,17 @@ class Mask(ABC):
     def count(self, nq: int, nk: int) -> int:
         """Number of visible pairs; the mean over heads, where they differ."""
 
+    def of_phases(self, phases: range) -> Mask:
+        """This mask for some neighbouring ones of the phases of its tile's heads, where they see
+        different keys."""
+        return self
+
+    def unread(self, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Rows and keys of the tile that hold nothing, such as padding: they see nothing, and must
+        not be read, for they may be NaN. Bool [nq] and [nk], True where so; None: there are none.
+        """
+        return None
+
     def filled(self, choice: Any, batch: range | None) -> Mask:
         """This mask with what an attention chose for a call: see
         :meth:`ring_core.attention.BaseRingAttention.choose`. Most masks leave no choice.

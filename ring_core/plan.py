@@ -124,6 +124,13 @@ class Heads:
         groups, rest = divmod(max(0, kv_heads - self.start), self.step)
         return groups * self.phases + min(rest, self.phases)
 
+    def indices(self, kv_heads: int) -> list[int]:
+        """Which of ``kv_heads`` these are, in the order in which their rows are selected."""
+        starts = range(self.start, kv_heads, self.step)
+        return [
+            head for first in starts for head in range(first, min(first + self.phases, kv_heads))
+        ]
+
     def only(self, phases: range) -> Heads:
         """Some neighbouring ones of the phases."""
         return replace(self, start=self.start + phases.start, phases=len(phases))
@@ -155,8 +162,12 @@ class Tile:
 
     def only(self, phases: range) -> Tile:
         """The tile for some neighbouring ones of its heads' phases."""
+        if len(phases) == self.heads.phases:
+            return self
         q, kv = (rows.of_phases(phases) for rows in (self.q, self.kv))
-        return replace(self, q=q, kv=kv, heads=self.heads.only(phases))
+        return replace(
+            self, q=q, kv=kv, mask=self.mask.of_phases(phases), heads=self.heads.only(phases)
+        )
 
 
 @dataclass(frozen=True)

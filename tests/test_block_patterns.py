@@ -348,6 +348,87 @@ def test_what_has_no_meaning_is_refused():
         registry.create("blocksparse", patterns=[{**sink[0], "heads": [2]}])(q, q, q)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ([{"kind": "local", "left": 0, "right": 2**63 - 1}], "less than or equal to 4611686"),
+        ([{"kind": ["sink"], "n": 3}], "unknown kind"),
+        ([{"kind": "blocks", "table": [[0, 2]] * 8}], "true or false, and one is 2"),
+        ([{"kind": "window_blocks", "grid": {8, 9}, "shape": [2, 2]}], "a set has no order"),
+    ],
+)
+def test_numbers_and_shapes_that_would_go_wrong_later(patterns, message):
+    with pytest.raises(ConfigError, match=message):
+        registry.create("blocksparse", patterns=patterns)
+    with pytest.raises(ConfigError, match=r"at most 2\*\*62"):
+        registry.create("standard", window=(2**63, None))
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [{"kind": "dilated", "window": 2**62, "rate": 2**62}],
+        [{"kind": "strided", "stride": 3}],
+        [{"kind": "random", "blocks": 2}],
+        [{"kind": "topk", "blocks": 1}],
+    ],
+)
+def test_blocks_larger_than_the_sequence_are_like_it(patterns):
+    q = torch.randn(1, 30, 2, 4, dtype=torch.float64)
+    huge = registry.create("blocksparse", patterns=patterns, block_q=2**40, block_kv=2**40)
+    same = registry.create("blocksparse", patterns=patterns, block_q=30, block_kv=30)
+    assert torch.equal(huge(q, q, q), same(q, q, q))
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [{"kind": "random", "blocks": 1}, {"kind": "local", "left": 3, "right": 0, "heads": [0]}],
+        [{"kind": "random", "blocks": 2, "heads": [1, 2]}],
+        [{"kind": "topk", "blocks": 2}, {"kind": "sink", "n": 1, "heads": [0, 1]}],
+    ],
+)
+def test_dropout_is_that_of_the_reference(patterns):
+    """Heads that see different keys, too: weights are dropped by query, key and head."""
+    attention = registry.create(
+        "blocksparse", patterns=patterns, block_q=4, block_kv=4, dropout=0.4
+    ).train()
+    q, k, v = (torch.randn(1, 30, h, 4, dtype=torch.float64) for h in (6, 3, 3))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, ()))
+    torch.manual_seed(5)
+    out = attention(*leaves)
+    shown, _ = defined(attention.config, 30, [0, 30], 3, q[0].detach(), k[0].detach())
+    expected, _ = reference.attention(
+        *leaves, shown.repeat_interleave(2, dim=0), dropout=0.4, seed=seed
+    )
+    for one, right in zip(
+        (out, *torch.autograd.grad(out.square().sum(), leaves)),
+        (expected, *torch.autograd.grad(expected.square().sum(), leaves)),
+        strict=True,
+    ):
+        assert torch.allclose(one, right, atol=1e-12, rtol=0)
+
+
+def test_the_reference_kernel_reads_no_padding():
+    attention = registry.create(
+        "blocksparse",
+        patterns=[{"kind": "local", "left": 2, "right": 2}],
+        block_q=4,
+        block_kv=4,
+        kernel="reference",
+    )
+    plan = attention.plan(8, lengths=[5])
+    q, k, v = (torch.randn(1, 8, 1, 4, dtype=torch.float64) for _ in range(3))
+    for x in (q, k, v):
+        x[:, 5:] = torch.nan
+        x.requires_grad_()
+    out = attention(q, k, v, plan=plan)
+    out.sum().backward()
+    assert not any(x.isnan().any() for x in (out, q.grad, k.grad, v.grad))
+
+
 def test_auto_takes_it_for_its_fields():
     assert type(registry.create("auto", patterns=[{"kind": "sink", "n": 4}])) is (
         BlockSparseRingAttention

@@ -71,6 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"{arguments.heads} query heads are no multiple of {arguments.kv_heads} KV heads"
         )
+    if arguments.picture:
+        from ring_core.cli.plan_picture import check, draw
+
+        check(arguments.picture)
     attention = registry.create(arguments.variant, config=_fields(arguments))
     sequences = Sequences.build(arguments.seq_len)
     plan = ForHeads.of(attention.make_plan(sequences, arguments.world), arguments.kv_heads)
@@ -80,8 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _show(attention.config.variant, found, arguments)
     if arguments.picture:
-        from ring_core.cli.plan_picture import draw
-
         draw(plan, f"{attention.config.variant}, {arguments.seq_len:,} tokens", arguments.picture)
         console(stderr=arguments.json).print(f"Map of tiles: {arguments.picture}", soft_wrap=True)
     return 0

@@ -14,16 +14,23 @@ if TYPE_CHECKING:
     from ring_core.plan import Plan
 
 
-def draw(plan: Plan, title: str, path: Path) -> None:
-    """Write the map of a plan's tiles to ``path``, PNG or SVG by its name.
+def check(path: Path) -> None:
+    """Refuse what :func:`draw` could not write.
 
     Raises:
-        InputError: matplotlib is not installed, or the name says neither.
+        InputError: matplotlib is not installed, the name says neither PNG nor SVG, or there is no
+            such folder.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('--picture draws with matplotlib: pip install "ring-attention-core[demo]"')
     if path.suffix.lower() not in (".png", ".svg"):
         raise InputError(f"--picture {path}: the name must end in .png or .svg")
+    if not path.parent.is_dir():
+        raise InputError(f"--picture {path}: there is no folder {path.parent}")
+
+
+def draw(plan: Plan, title: str, path: Path) -> None:
+    """Write the map of a plan's tiles to ``path``, PNG or SVG by its name."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

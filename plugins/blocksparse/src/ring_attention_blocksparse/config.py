@@ -46,6 +46,11 @@ def kinds() -> dict[str, type[Pattern]]:
     brought = (one for answer in registry.ask("blocksparse_patterns") for one in answer or ())
     for one in (*SHIPPED, *brought):
         name = one.model_fields["kind"].default
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{one.__module__}.{one.__name__} has no kind: give it a field "
+                '`kind: Literal["name"] = "name"`'
+            )
         if found.setdefault(name, one) is not one:
             raise ValueError(
                 f"pattern kind {name!r} is brought by {found[name].__module__} and by "
@@ -60,7 +65,7 @@ def _pattern(given: Any) -> Any:
         return given
     known = kinds()
     kind = given.get("kind")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(
             f"unknown kind of pattern {kind!r}.{did_you_mean(str(kind), known)} "
             f"Known: {', '.join(known)}"

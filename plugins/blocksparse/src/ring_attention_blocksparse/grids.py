@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.patterns import Natural, Pattern, Positive
 
 if TYPE_CHECKING:
     from typing import Self
@@ -16,15 +16,19 @@ if TYPE_CHECKING:
 
     from ring_attention_blocksparse.scene import Blocks, Reach, Scene
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-
 
 class GridPattern(Pattern):
     """A pattern whose query sees, along each axis, a range of coordinates of its own."""
 
     grid: tuple[Positive, ...] | None = Field(default=None, min_length=1)
     """Cells along each axis, the last one running fastest; None: the config's ``grid``."""
+
+    @field_validator("grid", "radius", "shape", "shift", mode="before", check_fields=False)
+    @classmethod
+    def _in_order(cls, given: Any) -> Any:
+        if isinstance(given, (set, frozenset)):
+            raise ValueError("a set has no order, and entry i belongs to axis i: give a list")
+        return given
 
     @property
     def axes(self) -> range:

@@ -67,6 +67,20 @@ class BlockMask(Mask):
         tables = self.tables(torch.device("cpu"))
         return tables.pairs() // tables.heads
 
+    def of_phases(self, phases: range) -> Mask:
+        return replace(self, heads=self.heads[phases.start : phases.stop])
+
+    def unread(self, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if all(
+            sum(len(run.tokens) for run in runs) == n for runs, n in ((self.q, nq), (self.kv, nk))
+        ):
+            return None
+        rows, keys = (torch.ones(n, dtype=torch.bool, device=device) for n in (nq, nk))
+        for holding, runs in ((rows, self.q), (keys, self.kv)):
+            for run in runs:
+                holding[run.row : run.row + len(run.tokens)] = False
+        return rows, keys
+
     def filled(self, choice: Choice | None, batch: range | None) -> Mask:
         if choice is None or not any(pattern.chosen for pattern in self.patterns):
             return self
@@ -132,6 +146,9 @@ class Filled(Mask):
 
     def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
         return self._tables.dense(rows, nk)
+
+    def unread(self, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        return self.mask.unread(nq, nk, device)
 
     def count(self, nq: int, nk: int) -> int:
         return self._tables.pairs() // (self._tables.heads * self._tables.batch)

@@ -6,14 +6,23 @@ Importing this module imports no torch: it describes configs, too.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ring_attention_blocksparse.scene import Blocks, Reach, Scene
+
+
+MOST = 2**62
+"""Largest number of tokens or cells that a pattern may name: sums of two stay whole numbers of 64
+bits."""
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Pattern(BaseModel):
@@ -28,7 +37,7 @@ class Pattern(BaseModel):
     kind: str
     """Name of the kind."""
 
-    heads: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    heads: tuple[Natural, ...] | None = Field(default=None, min_length=1)
     """KV heads that have this pattern, each with the query heads that it serves; None: all."""
 
     @property
@@ -90,9 +99,9 @@ class Local(Pattern):
     """``i - left <= j <= i + right``."""
 
     kind: Literal["local"] = "local"
-    left: int = Field(ge=0)
+    left: Natural
     """Tokens before the query."""
-    right: int = Field(ge=0)
+    right: Natural
     """Tokens behind it."""
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
@@ -106,7 +115,7 @@ class Strided(Pattern):
     """``(i - j) mod stride = 0`` (Sparse Transformer, arXiv 1904.10509)."""
 
     kind: Literal["strided"] = "strided"
-    stride: int = Field(ge=1)
+    stride: Positive
     """Tokens from one seen key to the next."""
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
@@ -121,17 +130,20 @@ class Dilated(Pattern):
     2004.05150)."""
 
     kind: Literal["dilated"] = "dilated"
-    window: int = Field(ge=0)
+    window: Natural
     """Keys seen on each side."""
-    rate: int = Field(ge=1)
+    rate: Positive
     """Tokens from one seen key to the next."""
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
-        far = self.window * self.rate
-        return scene.offsets(q, self.rate, -far, far)
+        return scene.offsets(q, self.rate, -self._far, self._far)
+
+    @property
+    def _far(self) -> int:
+        return min(self.window * self.rate, MOST)
 
     def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
-        return ((j - i).abs() <= self.window * self.rate) & ((j - i) % self.rate == 0)
+        return ((j - i).abs() <= self._far) & ((j - i) % self.rate == 0)
 
 
 # By index
@@ -141,7 +153,7 @@ class Sink(Pattern):
     """The first ``n`` tokens of the query's document (StreamingLLM, arXiv 2309.17453)."""
 
     kind: Literal["sink"] = "sink"
-    n: int = Field(ge=1)
+    n: Positive
     """Tokens at a document's start."""
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
@@ -157,7 +169,7 @@ class GlobalTokens(Pattern):
     """Some tokens see all and are seen by all (Longformer, arXiv 2004.05150)."""
 
     kind: Literal["global_tokens"] = "global_tokens"
-    ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    ids: tuple[Natural, ...] = Field(min_length=1)
     """Indices of the tokens; those behind the end of a sequence have no effect."""
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
@@ -165,17 +177,30 @@ class GlobalTokens(Pattern):
 
         from ring_attention_blocksparse.scene import Reach
 
-        ids = torch.tensor(sorted(set(self.ids)), device=q.device)
+        ids = torch.tensor(
+            sorted({token for token in self.ids if token < scene.length}),
+            dtype=torch.int64,
+            device=q.device,
+        )
         each = torch.arange(len(q.index), device=q.device)
         inside = torch.searchsorted(ids, q.last, right=True) > torch.searchsorted(ids, q.first)
         first = torch.zeros_like(each[inside])
         rows = scene.between(q, each[inside], first, first + scene.length - 1)
-        query = each.repeat_interleave(len(ids))
-        columns = ids.repeat(len(each))
+        columns = torch.unique(ids // scene.block_kv) * scene.block_kv
+        query, columns = each.repeat_interleave(len(columns)), columns.repeat(len(each))
         return Reach.together([rows, scene.between(q, query, columns, columns)])
 
     def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
-        import torch
+        chosen = _among(self.ids, scene.length, i.device)
+        return chosen[i.clamp_max(scene.length - 1)] | chosen[j.clamp_max(scene.length - 1)]
 
-        ids = torch.tensor(self.ids, device=i.device)
-        return torch.isin(i, ids) | torch.isin(j, ids)
+
+@lru_cache(maxsize=16)
+def _among(ids: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    """Whether each of ``length`` tokens is among ``ids``."""
+    import torch
+
+    with torch.inference_mode(False):
+        found = torch.zeros(length, dtype=torch.bool, device=device)
+        found[[token for token in set(ids) if token < length]] = True
+        return found

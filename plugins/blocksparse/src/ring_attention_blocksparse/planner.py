@@ -229,7 +229,7 @@ def plan_blocks(config: BlockSparseConfig, sequences: Sequences, world: int) -> 
                 raise InputError(f"pattern {pattern.kind!r}: {trouble}")
     unplaced = contiguous(sequences.q_len, world)
     plan = BlockPlan(unplaced, unplaced, parts, config.patterns)
-    unit = math.lcm(config.block_q, config.block_kv)
+    unit = math.lcm(*(min(size, sequences.q_len) for size in (config.block_q, config.block_kv)))
     layout = _layout(config.layout, plan, sequences.q_len, world, unit)
     return replace(plan, queries=layout, keys=layout)
 
@@ -238,7 +238,11 @@ def _parts(config: BlockSparseConfig, sequences: Sequences) -> Iterator[Part]:
     batches = dict.fromkeys(document.batch for document in sequences.documents)
     for batch in batches:
         documents = tuple(one.q for one in sequences.documents if one.batch == batch)
-        scene = Scene(sequences.q_len, documents, band_of(config), config.block_q, config.block_kv)
+        # A block that is larger than the sequence is one like the sequence.
+        block_q, block_kv = (
+            min(size, sequences.q_len) for size in (config.block_q, config.block_kv)
+        )
+        scene = Scene(sequences.q_len, documents, band_of(config), block_q, block_kv)
         yield Part(batch, scene)
 
 

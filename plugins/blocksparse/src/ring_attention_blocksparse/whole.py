@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.patterns import Pattern, Positive
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class Random(Pattern):
     2007.14062)."""
 
     kind: Literal["random"] = "random"
-    blocks: int = Field(ge=1)
+    blocks: Positive
     """How many; all, where fewer are visible."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Of the draw: a hash of it, the KV head and the query block, at any world size the same."""
@@ -56,7 +56,11 @@ class GivenBlocks(Pattern):
     @field_validator("table", mode="before")
     @classmethod
     def _listed(cls, table: Any) -> Any:
-        return table.tolist() if hasattr(table, "tolist") else table
+        table = table.tolist() if hasattr(table, "tolist") else table
+        bad = next((one for one in _entries(table) if one not in (0, 1)), None)
+        if bad is not None:  # one message, not one for each entry
+            raise ValueError(f"entries must be true or false, and one is {bad!r}")
+        return table
 
     @field_validator("table")
     @classmethod
@@ -106,7 +110,7 @@ class TopK(Pattern):
     """
 
     kind: Literal["topk"] = "topk"
-    blocks: int = Field(ge=1)
+    blocks: Positive
     """How many, those among them that hold the query block's own tokens; all, where fewer are
     visible."""
 
@@ -157,6 +161,15 @@ def _permuted(place: Tensor, size: Tensor, seed: int, head: int, block: Tensor) 
     while bool((found >= size).any()):
         found = torch.where(found >= size, once(found), found)
     return found
+
+
+def _entries(table: Any) -> Iterator[Any]:
+    """What stands in nested lists."""
+    if isinstance(table, (list, tuple)):
+        for one in table:
+            yield from _entries(one)
+    else:
+        yield table
 
 
 def _depth(table: Sequence[Any]) -> int:

@@ -48,11 +48,11 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
 ):
     """Out [B, S, H, DV] and lse [B, H, S] of BM rows of a piece of queries."""
     piece, first = _part(LARGEST_Q, BM)
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    b, h = _row_and_head(heads)
     x, inside, rows = _rows(q_pieces, piece, first, BM)
     queries = _load(q, q_strides, b, h, rows, inside, D, PD)
-    k += b.to(tl.int64) * k_strides[0] + h // group * k_strides[2]
-    v += b.to(tl.int64) * v_strides[0] + h // group * v_strides[2]
+    k += b * k_strides[0] + h // group * k_strides[2]
+    v += b * v_strides[0] + h // group * v_strides[2]
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     summed = tl.zeros([BM, PDV], tl.float32)
@@ -70,7 +70,7 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     seen = total > 0
     summed = summed / tl.where(seen, total, 1.0)[:, None]
     natural = (largest + tl.log2(tl.where(seen, total, 1.0))) / LOG2E
-    at = b.to(tl.int64) * lse_strides[0] + h * lse_strides[1] + rows * lse_strides[2]
+    at = b * lse_strides[0] + h * lse_strides[1] + rows * lse_strides[2]
     tl.store(lse + at, tl.where(seen, natural, float("-inf")), inside)
     _store(out, out_strides, b, h, rows, inside, summed, DV, PDV)
 
@@ -114,7 +114,7 @@ def deltas(  # type: ignore[no-untyped-def]
     """Sums of dout * out over the head size: float32 [B, H, S]."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    b, h = _row_and_head(heads)
     d_out = _load(dout, dout_strides, b, h, row, inside, DV, PDV).to(tl.float32)
     found = _load(out, out_strides, b, h, row, inside, DV, PDV).to(tl.float32)
     at = tl.program_id(1).to(tl.int64) * rows + row
@@ -158,15 +158,15 @@ def query_gradients(  # type: ignore[no-untyped-def]
 ):
     """dq [B, S, H, D] of BM rows of a piece of queries."""
     piece, first = _part(LARGEST_Q, BM)
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    b, h = _row_and_head(heads)
     x, inside, rows = _rows(q_pieces, piece, first, BM)
     queries = _load(q, q_strides, b, h, rows, inside, D, PD)
     d_out = _load(dout, dout_strides, b, h, rows, inside, DV, PDV)
     sums = _sums(lse, lse_strides, b, h, rows, inside)
-    at = b.to(tl.int64) * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
+    at = b * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
     less = tl.load(delta + at, inside, other=0.0)
-    k += b.to(tl.int64) * k_strides[0] + h // group * k_strides[2]
-    v += b.to(tl.int64) * v_strides[0] + h // group * v_strides[2]
+    k += b * k_strides[0] + h // group * k_strides[2]
+    v += b * v_strides[0] + h // group * v_strides[2]
     summed = tl.zeros([BM, PD], tl.float32)
     start, plain, stop = _list(lists, layers, b, h // group, pieces, piece)
     summed = _query_gradients(
@@ -246,7 +246,7 @@ def key_gradients(  # type: ignore[no-untyped-def]
 ):
     """dk [B, S, K, D] and dv [B, S, K, DV] of BN rows of a piece of keys, for KV ``heads``."""
     piece, first = _part(LARGEST_KV, BN)
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    b, h = _row_and_head(heads)
     y, there, rows = _rows(kv_pieces, piece, first, BN)
     keys = _load(k, k_strides, b, h, rows, there, D, PD)
     values = _load(v, v_strides, b, h, rows, there, DV, PDV)
@@ -279,8 +279,8 @@ def _key_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Add what pairs ``begin`` to ``end`` of a list give. Queries behind a piece's end weigh 0."""
     PARTS: tl.constexpr = (LARGEST_Q + BM - 1) // BM
-    q += b.to(tl.int64) * q_strides[0] + h * q_strides[2]
-    dout += b.to(tl.int64) * dout_strides[0] + h * dout_strides[2]
+    q += b * q_strides[0] + h * q_strides[2]
+    dout += b * dout_strides[0] + h * dout_strides[2]
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
         x, inside, rows = _rows(q_pieces, tl.load(lists[2] + pair), step % PARTS * BM, BM)
@@ -293,7 +293,7 @@ def _key_gradients(  # type: ignore[no-untyped-def]
             weights = tl.where(shown, weights, 0.0)
         d_out = _load_rows(dout, dout_strides, rows, inside, DV, PDV)
         d_values = tl.dot(weights.to(d_out.dtype), d_out, d_values, input_precision="ieee")
-        at = b.to(tl.int64) * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
+        at = b * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
         less = tl.load(delta + at, inside, other=0.0)
         d_weights = tl.dot(values, tl.trans(d_out), input_precision="ieee")
         d_scores = weights * (d_weights - less[None, :])
@@ -306,6 +306,13 @@ def _part(LARGEST: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped
     """This program's piece, and the first of its rows there."""
     PARTS: tl.constexpr = (LARGEST + ROWS - 1) // ROWS
     return tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * ROWS
+
+
+@triton.jit
+def _row_and_head(heads):  # type: ignore[no-untyped-def]
+    """This program's batch row and head; times a stride they may pass 2**31."""
+    layer = tl.program_id(1).to(tl.int64)
+    return layer // heads, layer % heads
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -338,7 +345,7 @@ def _shown(  # type: ignore[no-untyped-def]
 @triton.jit
 def _sums(lse, strides, b, h, rows, inside):  # type: ignore[no-untyped-def]
     """lse in base 2; inf for rows that see nothing, or are not there: all weighs 0 then."""
-    at = b.to(tl.int64) * strides[0] + h * strides[1] + rows * strides[2]
+    at = b * strides[0] + h * strides[1] + rows * strides[2]
     found = tl.load(lse + at, inside, other=float("-inf"))
     return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
 
@@ -346,7 +353,7 @@ def _sums(lse, strides, b, h, rows, inside):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(x, strides, b, h, rows, inside, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows [rows, P] of a head of x [B, S, H, D]; 0 where there is none."""
-    return _load_rows(x + b.to(tl.int64) * strides[0] + h * strides[2], strides, rows, inside, D, P)
+    return _load_rows(x + b * strides[0] + h * strides[2], strides, rows, inside, D, P)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -361,6 +368,6 @@ def _load_rows(x, strides, rows, inside, D: tl.constexpr, P: tl.constexpr):  # t
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(x, strides, b, h, rows, inside, found, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     column = tl.arange(0, P)
-    x += b.to(tl.int64) * strides[0] + h * strides[2]
+    x += b * strides[0] + h * strides[2]
     at = x + rows[:, None] * strides[1] + column[None, :]
     tl.store(at, found.to(x.dtype.element_ty), inside[:, None] & (column < D)[None, :])

@@ -35,6 +35,7 @@ class Eager:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
+        (q,), (k, v) = _read(mask, (q,), (k, v))
         kv_heads, wide = k.shape[2], accumulation_dtype(q.dtype)
         out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=wide)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
@@ -62,6 +63,7 @@ class Eager:
         dropout: Dropout | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        (q, dout, out), (k, v) = _read(mask, (q, dout, out), (k, v))
         kv_heads, wide = k.shape[2], accumulation_dtype(q.dtype)
         k, v = k.to(wide), v.to(wide)
         dq = torch.zeros(q.shape, dtype=wide, device=q.device)
@@ -80,6 +82,17 @@ class Eager:
             dq[:, rows] = torch.einsum("bkgij,bjkd->bikgd", dscores, k).flatten(2, 3)
             dk += torch.einsum("bkgij,bikgd->bjkd", dscores, grouped(q_rows, kv_heads))
         return dq, dk, dv
+
+
+def _read(
+    mask: Mask, queries: Sequence[Tensor], keys: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Tensors [B, S, ...] with 0 where the mask says that a row holds nothing."""
+    unread = mask.unread(queries[0].shape[1], keys[0].shape[1], queries[0].device)
+    if unread is None:
+        return queries, keys
+    rows, columns = (x[:, None, None] for x in unread)
+    return [x.masked_fill(rows, 0) for x in queries], [x.masked_fill(columns, 0) for x in keys]
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
