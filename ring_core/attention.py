@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -145,7 +146,7 @@ class BaseRingAttention(nn.Module):
                 self.make_plan(sequences, groups.rank_and_world(group)[1]),
                 sequences,
                 group,
-                made_by=self._planning(),
+                made_by=self._planning,
             ),
         )
 
@@ -285,13 +286,14 @@ class BaseRingAttention(nn.Module):
             self._group = groups.by_name(self._group)
         return self._group if self._group is not None else groups.resolve(None)
 
+    @cached_property
     def _planning(self) -> tuple[Any, ...]:
-        """What a plan of this attention depends on beside the sequence."""
+        """What a plan of this attention depends on beside the sequence; a config is frozen."""
         fields = self.config.model_dump(exclude=set(_NOT_PLANNED))
         return type(self), str(sorted(fields.items()))
 
     def _check_plan(self, plan: RankPlan) -> None:
-        if plan.made_by != self._planning():
+        if plan.made_by != self._planning:
             raise InputError(
                 f"{plan!r} was made by an attention of another config; get one from this "
                 f"attention, {type(self).__name__}({self.extra_repr()})"

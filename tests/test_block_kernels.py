@@ -90,17 +90,35 @@ def test_lists_as_batches_equal_the_reference(case):
 
 
 def test_what_no_list_names_is_not_read():
-    """Neither forward nor backward: NaN there goes nowhere."""
-    table = torch.eye(4, dtype=torch.bool)
-    table[3] = table[:, 3] = False
+    """Neither forward nor backward: NaN in the middle of a tile goes nowhere."""
+    table = torch.eye(5, dtype=torch.bool)
+    table[2, 2] = False
     fields = blocks({"kind": "blocks", "table": table})
-    q = torch.randn(1, 64, 2, 8, dtype=torch.float64)
-    ((rows, keys, _),) = tiles(fields, 64, 2, q, q)
-    assert (rows, keys) == (slice(0, 48), slice(0, 48))
-    q[:, 48:] = torch.nan
-    out = registry.create("blocksparse", **fields)(q, q, q)
-    assert not out[:, :48].isnan().any()
-    assert (out[:, 48:] == 0).all()
+    q = torch.randn(1, 80, 2, 8, dtype=torch.float64)
+    ((rows, keys, _),) = tiles(fields, 80, 2, q, q)
+    assert (rows, keys) == (slice(0, 80), slice(0, 80))
+    q[:, 32:48] = torch.nan
+    leaves = [q.clone().requires_grad_() for _ in range(3)]
+    out = registry.create("blocksparse", **fields)(*leaves)
+    assert (out[:, 32:48] == 0).all()
+    for x in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert not x.isnan().any()
+
+
+def large_scores(kernel, device):
+    """A piece smaller than a program's rows, and sums of weights far below 1."""
+    for block in (24, 16):
+        fields = blocks({"kind": "local", "left": 99, "right": 99}, block_q=block, block_kv=block)
+        q, k = (torch.full((1, 40, 1, 16), x, device=device, dtype=torch.float16) for x in (2, -2))
+        ((*_, mask),) = tiles(fields, 40, 1, q, k)
+        v = torch.randn_like(k)
+        options = {"scale": 0.3, "dropout": None}
+        out, lse = kernel.forward(q, k, v, mask, **options)
+        assert lse.max() < -14
+        found = kernel.backward(v, q, k, v, out, lse, mask, **options, deterministic=True)
+        right = Eager().backward(v, q, k, v, out, lse, mask, **options, deterministic=True)
+        for x, y in zip(found, right, strict=True):
+            assert (x - y).abs().max() < 1e-2
 
 
 def interpret():
@@ -112,6 +130,7 @@ def interpret():
         compare(kernel, *CASES[name], dtype=torch.float32, bound=1e-5, device="cpu")
     # The interpreter knows no products of bfloat16.
     compare(kernel, *CASES["causal window"], dtype=torch.float16, bound=1e-2, device="cpu")
+    large_scores(kernel, "cpu")
     compare(
         kernel,
         *CASES["odd sizes"],

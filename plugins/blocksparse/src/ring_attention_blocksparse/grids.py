@@ -21,7 +21,8 @@ class GridPattern(Pattern):
     """A pattern whose query sees, along each axis, a range of coordinates of its own."""
 
     grid: tuple[Positive, ...] | None = Field(default=None, min_length=1)
-    """Cells along each axis, the last one running fastest; None: the config's ``grid``."""
+    """Cells along each axis, the last one running fastest; None: the config's, where a
+    variant has one."""
 
     @field_validator("grid", "radius", "shape", "shift", mode="before", check_fields=False)
     @classmethod

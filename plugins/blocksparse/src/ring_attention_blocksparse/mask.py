@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -233,7 +234,7 @@ def _renumbered(pairs: Pairs, which: Tensor) -> Pairs:
 @lru_cache(maxsize=256)
 def _tables(mask: BlockMask, device: torch.device) -> Tables:
     with torch.inference_mode(False), torch.no_grad():
-        static = _static(mask, device)
+        static = _static.__wrapped__(mask, device)  # read once: it must not stay on the GPU
         q, found = static.q, static.pairs
         which = torch.cat([n * len(q) + pairs.q for n, pairs in enumerate(found)])
         other, number = (torch.cat([getattr(p, x) for p in found]) for x in ("kv", "mask"))
@@ -248,24 +249,30 @@ def _pieces_of(blocks: Tensor, kv: Pieces) -> Tensor:
     stop = torch.searchsorted(sorted_blocks, blocks.contiguous(), right=True)
     place = first[..., None] + torch.arange(kv.most, device=blocks.device)
     there = place < stop[..., None]
-    order = torch.cat([order, order.new_tensor([len(kv)])])
+    order = torch.cat([order, order.new_full((1,), len(kv))])
     return torch.where(there, order[place.clamp_max(len(kv))], len(kv)).flatten(-2)
 
 
 def join(tiles: Sequence[Tile]) -> list[Tile]:
     """Tiles of the same heads and batch rows whose queries mostly overlap as one tile.
 
-    One call then reads the keys of several owners, where a round brings them in one block.
+    One call then reads the keys of several owners, where a round brings them in one block. Tiles
+    that share their keys with others stay alone: joined, they would show them to more queries.
     """
     done: list[Tile] = []
+    readers = Counter(_keys_of(tile) for tile in tiles)
     for tile in sorted(tiles, key=lambda tile: (tile.q.start, tile.kv.start)):
-        for at, other in enumerate(done):
-            if _alike(other, tile):
+        for at, other in enumerate(done if readers[_keys_of(tile)] == 1 else ()):
+            if readers[_keys_of(other)] <= 1 and _alike(other, tile):
                 done[at] = _joined(other, tile)
                 break
         else:
             done.append(tile)
     return done
+
+
+def _keys_of(tile: Tile) -> Hashable:
+    return tile.kv, tile.block, tile.heads, tile.batch
 
 
 def _alike(a: Tile, b: Tile) -> bool:

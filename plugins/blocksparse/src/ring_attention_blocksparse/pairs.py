@@ -44,7 +44,7 @@ class Active:
 @lru_cache(maxsize=128)
 def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
     """Pairs of blocks with at least one visible pair of tokens; the choices of a call apart."""
-    index = torch.arange(scene.query_blocks)
+    index = torch.arange(scene.query_blocks, device="cpu")
     q = scene.blocks(index)
     found = candidates(scene, patterns, q, head)
     key_first, key_last = scene.keys(found.block)
@@ -67,13 +67,13 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
         )
     found = found.where(kept)
     count = torch.bincount(found.query, minlength=len(index))
-    return Active(torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)]), found.block)
+    return Active(torch.cat([count.new_zeros(1), count.cumsum(0)]), found.block)
 
 
 @lru_cache(maxsize=128)
 def admitted_count(scene: Scene) -> Tensor:
     """[query blocks]: how many key blocks the mask lets each of them see some token of."""
-    low, high = scene.visible(scene.blocks(torch.arange(scene.query_blocks)))
+    low, high = scene.visible(scene.blocks(torch.arange(scene.query_blocks, device="cpu")))
     return (high - low + 1).clamp_min(0)
 
 
@@ -112,7 +112,7 @@ def admitted(
     whole = (last_lo <= key_first) & (key_last <= first_hi)
     inside = scene.stop > q_last
     some = (first_lo <= key_last) & (key_first <= torch.where(inside, last_hi, scene.stop - 1))
-    return Admitted(whole & inside, some)
+    return Admitted(whole & inside, some & (q_first < scene.stop))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class BlockPlan(Plan):
         return found
 
     def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor:
-        shown = torch.zeros(cells, cells, dtype=torch.bool)
+        shown = torch.zeros(cells, cells, dtype=torch.bool, device="cpu")
         for part in self.parts[:1]:
             scene, (heads, *_) = part.scene, self.classes() or [range(1)]
             mine, theirs = (
@@ -127,8 +127,16 @@ class BlockPlan(Plan):
             )
             query, block = self.needed(scene, heads[:1], mine)
             query, block = (x[torch.isin(block, theirs)] for x in (query, block))
-            x, y = mine[query] * scene.block_q, block * scene.block_kv
-            shown[x * cells // length, y * cells // length] = True
+            x, y = mine[query], block
+            if max(scene.query_blocks, scene.key_blocks) > cells:
+                shown[x * scene.block_q * cells // length, y * scene.block_kv * cells // length] = (
+                    True
+                )
+            else:  # blocks are larger than cells
+                seen = shown.new_zeros(scene.query_blocks, scene.key_blocks)
+                seen[x, y] = True
+                token = torch.arange(cells, device="cpu") * length // cells
+                shown |= seen[token // scene.block_q][:, token // scene.block_kv]
         return shown
 
     # Heads that see alike
@@ -296,7 +304,7 @@ def _tokens(blocks: range, unit: int, length: int) -> range:
 
 @lru_cache(maxsize=32)
 def _degrees(scene: Scene, weights: tuple[tuple[tuple[Pattern, ...], range, float], ...]) -> Tensor:
-    total = torch.zeros(scene.query_blocks, dtype=torch.float64)
+    total = torch.zeros(scene.query_blocks, dtype=torch.float64, device="cpu")
     for patterns, heads, share in weights:
         each = heads if any(pattern.varies for pattern in patterns) else heads[:1]
         counts = [active(scene, patterns, head).count().double() for head in each]
@@ -312,7 +320,7 @@ def _degrees(scene: Scene, weights: tuple[tuple[tuple[Pattern, ...], range, floa
 
 
 def _own_blocks(scene: Scene) -> Tensor:
-    q = scene.blocks(torch.arange(scene.query_blocks))
+    q = scene.blocks(torch.arange(scene.query_blocks, device="cpu"))
     return (q.last // scene.block_kv - q.first // scene.block_kv + 1).double()
 
 
@@ -327,9 +335,9 @@ def _cost(
     total = 0.0
     for run in runs:
         first, last = run[0] // size, run[-1] // size
-        touched = torch.arange(first, last + 1)
-        held = torch.minimum((touched + 1) * size, torch.tensor(run[-1] + 1))
-        held = held - torch.maximum(touched * size, torch.tensor(run[0]))
+        touched = torch.arange(first, last + 1, device="cpu")
+        held = ((touched + 1) * size).clamp_max(run[-1] + 1)
+        held = held - (touched * size).clamp_min(run[0])
         total += float((degrees[first : last + 1] * held).sum()) / size / run.step
     return total
 
@@ -346,8 +354,13 @@ def _inside(runs: Sequence[Run], stop: int) -> list[Run]:
 
 def _blocks_of(runs: Sequence[Run], size: int) -> Tensor:
     """The blocks that runs hold tokens of: int64, ascending."""
-    found = [torch.arange(run.tokens[0] // size, run.tokens[-1] // size + 1) for run in runs]
-    return torch.unique(torch.cat(found)) if found else torch.zeros(0, dtype=torch.int64)
+    found = [
+        torch.arange(run.tokens[0] // size, run.tokens[-1] // size + 1, device="cpu")
+        for run in runs
+    ]
+    return (
+        torch.unique(torch.cat(found)) if found else torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -358,7 +371,7 @@ def _needed_rows(
     run's row counts in those rows as they will have arrived."""
     size = plan.parts[0].scene.block_kv if plan.parts else 1
     held = runs_of(plan.keys, owner)
-    needed = torch.zeros(-(-plan.keys.length // size), dtype=torch.bool)
+    needed = torch.zeros(-(-plan.keys.length // size), dtype=torch.bool, device="cpu")
     for part in plan.parts:
         index = _blocks_of(
             _inside(runs_of(plan.queries, rank), part.scene.stop), part.scene.block_q
@@ -418,9 +431,9 @@ def _clusters(
     if not len(index) or not len(keys):
         return
     query, block = plan.needed(scene, heads, index)
-    among = torch.zeros(scene.key_blocks, dtype=torch.bool)
+    among = torch.zeros(scene.key_blocks, dtype=torch.bool, device="cpu")
     among[keys] = True
-    seeing = torch.zeros(scene.query_blocks, dtype=torch.bool)
+    seeing = torch.zeros(scene.query_blocks, dtype=torch.bool, device="cpu")
     seeing[index[query[among[block]]]] = True
     cluster: list[Run] = []
     for run in held:

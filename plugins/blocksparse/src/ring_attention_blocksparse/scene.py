@@ -167,7 +167,8 @@ class Scene:
         lo, _ = self.bounds(q.first)
         # Padding of a batch lies behind the last document: what blocks hold of it sees nothing.
         _, hi = self.bounds(q.last.clamp_max(self.stop - 1))
-        return lo // self.block_kv, hi.div(self.block_kv, rounding_mode="floor")
+        first, last = lo // self.block_kv, hi.div(self.block_kv, rounding_mode="floor")
+        return first, torch.where(q.first < self.stop, last, first - 1)
 
     # What patterns are made of
 

@@ -48,7 +48,9 @@ class Pieces:
     def of(runs: Sequence[Run], block: int, device: torch.device) -> Pieces:
         """Cut runs at the borders of blocks of ``block`` tokens."""
         columns = [(run.row, run.tokens.start, run.tokens.step, len(run.tokens)) for run in runs]
-        row, token, step, count = torch.tensor(columns, dtype=torch.int64).view(-1, 4).unbind(1)
+        row, token, step, count = (
+            torch.tensor(columns, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
+        )
         first, last = token // block, (token + (count - 1) * step) // block
         which, place = ragged(last - first + 1)
         index = first[which] + place
@@ -188,11 +190,11 @@ class Tables:
         count = self.by_query.start.diff().long()
         which, _ = ragged(count)
         mine = self.q.size[which % max(1, len(self.q))]
-        areas = mine * self.kv.size[self.by_query.other.long()]
+        areas = mine * self.kv.size[self.by_query.other[: len(which)].long()]
         if not len(self.bits):
             return int(areas.sum())
         ones = popcount(self.bits).flatten(1).sum(1)
-        mask = self.by_query.mask.long()
+        mask = self.by_query.mask[: len(which)].long()
         return int(torch.where(mask == FULL, areas, ones[mask.clamp_min(0)]).sum())
 
 

@@ -112,7 +112,7 @@ def deltas(  # type: ignore[no-untyped-def]
     DV: tl.constexpr, PDV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Sums of dout * out over the head size: float32 [B, H, S]."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     inside = row < rows
     b, h = _row_and_head(heads)
     d_out = _load(dout, dout_strides, b, h, row, inside, DV, PDV).to(tl.float32)
@@ -169,6 +169,8 @@ def query_gradients(  # type: ignore[no-untyped-def]
     v += b * v_strides[0] + h // group * v_strides[2]
     summed = tl.zeros([BM, PD], tl.float32)
     start, plain, stop = _list(lists, layers, b, h // group, pieces, piece)
+    if LARGEST_KV % BN != 0:
+        plain = stop  # exp(0 - lse) of what is behind a piece's end may be inf, and times 0 NaN
     summed = _query_gradients(
         summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
         x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, True,
@@ -188,8 +190,7 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what pairs ``begin`` to ``end`` of a list give. Keys behind a piece's end are 0: they add
-    nothing."""
+    """Add what pairs ``begin`` to ``end`` of a list give."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS

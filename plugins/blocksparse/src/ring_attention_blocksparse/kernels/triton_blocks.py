@@ -167,7 +167,7 @@ def shape_for(dtype: torch.dtype, head_size: int, large: bool) -> Shape:
     """The largest programs that the shared memory of a GPU holds.
 
     Args:
-        large: whether it has 227 KiB for a program (Hopper and newer); else 139 KiB are used.
+        large: whether it has 227 KiB for a program, as Hopper has; else up to 139 KiB are used.
     """
     if dtype != torch.float32 and head_size <= 128 and large:
         return Shape(128, 64, 8, 3)
@@ -231,7 +231,10 @@ def _power(size: int) -> int:
 
 @cache
 def _is_large(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda":
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= 227 * 1024)
 
 
 def _on(device: torch.device) -> Any:
