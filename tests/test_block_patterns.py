@@ -294,6 +294,20 @@ def test_few_blocks_of_a_peer_travel_packed_and_neighbours_as_they_lie():
     assert parts[2][0].indices() == [*range(16, 32), *range(144, 160)]
 
 
+def test_tiles_that_share_keys_are_not_joined():
+    """Two far-apart runs of queries see one owner's block, and all see another owner's."""
+    table = torch.eye(48, dtype=torch.bool)
+    table[32:, 0] = True
+    table[32:41, 16] = table[46:, 16] = True
+    fields = {"patterns": [{"kind": "blocks", "table": table}], "block_q": 4, "block_kv": 4}
+    plan = ForHeads.of(planned(192, 3, layout="contiguous", **fields), 1)
+    for shards in (1, 3):
+        found = [tile for one in rounds(plan, 2, shards) for tile in join(one.tiles)]
+        assert sum(tile.mask.count(tile.q.count, tile.kv.count) for tile in found) == 16 * (
+            int(table[32:].sum())
+        )
+
+
 # Configs
 
 
