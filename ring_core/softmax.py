@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ring_core.errors import InputError
 
-# Under load, the first exp of a process was seen to be off by 1e-9 in float64, in rows of one of its
-# threads, and no later one was (torch 2.13 with MKL). Here one thread alone makes the first one.
+# Under load, the first exp of a process was seen to be off by 1e-9 in float64, in rows of one of
+# its threads, and no later one was (torch 2.13 with MKL). Here one thread makes the first one.
 torch.exp(torch.zeros(1, dtype=torch.float64, device="cpu"))
 
 
