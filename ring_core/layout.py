@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EVEN = 1.05
+"""Up to this imbalance ``auto`` keeps the layout that moves the least data."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Ownership of ``length`` tokens by the ranks of a group.
@@ -60,12 +64,12 @@ def cut(length: int, pieces: int) -> list[range]:
 
 def contiguous(length: int, world: int) -> Layout:
     """Rank r holds the r-th of ``world`` equal runs."""
-    return Layout(length, tuple(_joined([run]) for run in cut(length, world)))
+    return Layout(length, tuple(joined([run]) for run in cut(length, world)))
 
 
 def striped(length: int, world: int) -> Layout:
     """Rank r holds tokens r, r+world, r+2*world, ... (Striped Attention, arXiv 2311.09431)."""
-    return Layout(length, tuple(_joined([range(rank, length, world)]) for rank in range(world)))
+    return Layout(length, tuple(joined([range(rank, length, world)]) for rank in range(world)))
 
 
 def zigzag(length: int, world: int) -> Layout:
@@ -76,12 +80,12 @@ def zigzag(length: int, world: int) -> Layout:
     """
     runs = cut(length, 2 * world)
     return Layout(
-        length, tuple(_joined([runs[rank], runs[2 * world - 1 - rank]]) for rank in range(world))
+        length, tuple(joined([runs[rank], runs[2 * world - 1 - rank]]) for rank in range(world))
     )
 
 
 def balanced(
-    length: int, world: int, work: Callable[[range], int], tolerance: float = 1.05
+    length: int, world: int, work: Callable[[range], int], tolerance: float = EVEN
 ) -> Layout:
     """Zigzag for masks whose work is not a ramp: equal runs, dealt out by the work each one costs.
 
@@ -106,7 +110,7 @@ def balanced(
             if len(held[rank]) < per_rank:
                 heapq.heappush(room, (load[rank], rank))
         imbalance = max(load) * world / max(1, sum(load))
-        layout = Layout(length, tuple(_joined([runs[i] for i in sorted(mine)]) for mine in held))
+        layout = Layout(length, tuple(joined([runs[i] for i in sorted(mine)]) for mine in held))
         if best is None or imbalance < best[0]:
             best = (imbalance, layout)
         if imbalance <= tolerance:
@@ -115,7 +119,17 @@ def balanced(
     return best[1]
 
 
-def _joined(runs: Sequence[range]) -> tuple[range, ...]:
+def imbalance(layout: Layout, work: Callable[[range], float]) -> float:
+    """Work of the busiest rank over the mean, as :meth:`ring_core.plan.Plan.imbalance`.
+
+    Args:
+        work: what a run of queries costs.
+    """
+    loads = [sum(work(run) for run in runs) for runs in layout.rows]
+    return max(loads) * layout.world / sum(loads) if sum(loads) else 1.0
+
+
+def joined(runs: Sequence[range]) -> tuple[range, ...]:
     """Leave out empty runs and join those that continue each other."""
     joined: list[range] = []
     for run in runs:

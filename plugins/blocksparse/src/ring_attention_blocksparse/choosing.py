@@ -139,12 +139,10 @@ def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Ten
     pieces = _pieces(layout, size, rank, x.device)
     total = x.new_zeros(x.shape[0], len(index), x.shape[2], x.shape[4], dtype=torch.float64)
     target = torch.searchsorted(index, pieces.block)
-    place = torch.arange(pieces.largest, device=x.device)
     step = max(1, _ELEMENTS // (pieces.largest * x[:, 0].numel()))
     for some in torch.split(torch.arange(len(pieces), device=x.device), step):
-        there = place < pieces.size[some][:, None]
-        rows = pieces.row[some][:, None] + place * there
-        tokens = pieces.token[some][:, None] + place * pieces.step[some][:, None]
+        rows, there = pieces.rows(some)
+        tokens, _ = pieces.span(some).tokens()
         valid = there & (tokens < stops[:, None, None])
         chosen = x[:, rows].masked_fill(~valid[..., None, None, None], 0)  # padding may be NaN
         total.index_add_(1, target[some], chosen.sum((2, 4), dtype=torch.float64))
@@ -187,7 +185,7 @@ def _scores(scene: Scene, index: Tensor, queries: Tensor, keys: Tensor) -> Tenso
     q = scene.blocks(index)
     low, high = scene.visible(q)
     block = torch.arange(scene.key_blocks, device=index.device)
-    own_first, own_last = q.first // scene.block_kv, q.last // scene.block_kv
+    own_first, own_last = scene.own(q)
     own = (own_first[:, None] <= block) & (block <= own_last[:, None])
     hidden = (block < low[:, None]) | (block > high[:, None])
     return found.masked_fill(own, torch.inf).masked_fill(hidden, -torch.inf)

@@ -40,11 +40,10 @@ class GridPattern(Pattern):
     def seen(self, axis: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """First and last coordinate along an axis that queries with coordinates ``low`` to ``high``
         see between them; both grow with their arguments."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define seen")
 
     def check(self, scene: Scene) -> str | None:
-        if self.grid is None:
-            return "needs a grid, as in grid=(32, 32)"
+        assert self.grid is not None  # configs see to that
         if prod(self.grid) != scene.length:
             return (
                 f"grid={self.grid} has {prod(self.grid)} cells, and the sequence has "

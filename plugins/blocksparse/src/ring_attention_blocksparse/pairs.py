@@ -16,7 +16,7 @@ from torch import Tensor
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
 
-_PAIRS = 1 << 24
+PAIRS = 1 << 24
 """Pairs of tokens looked at together: a few tensors of that many numbers."""
 
 
@@ -52,7 +52,7 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
     sure = (found.whole & clear.some) | (found.some & clear.whole)
     doubtful = (~sure & clear.some).nonzero().squeeze(1)
     kept = sure.clone()
-    step = max(1, _PAIRS // (scene.block_q * scene.block_kv))
+    step = max(1, PAIRS // (scene.block_q * scene.block_kv))
     for some in torch.split(doubtful, step):
         kept[some] = (
             seen(

@@ -20,14 +20,21 @@ from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
 from ring_core.config import LayoutName
 from ring_core.errors import InputError
-from ring_core.layout import Layout, balanced, contiguous, striped, zigzag
+from ring_core.layout import (
+    EVEN,
+    Layout,
+    balanced,
+    contiguous,
+    imbalance,
+    joined,
+    striped,
+    zigzag,
+)
 from ring_core.masks import Mask
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Segments, Tile
 from ring_core.sequences import Sequences
 from ring_core.tiling import Run, runs_of
 
-_EVEN = 1.05
-"""Up to this imbalance ``auto`` keeps the layout that moves the least data."""
 _PACKED = 1.25
 """Rows in several runs are copied together before they travel, which takes about a quarter of the
 time that the link does: not worth it where all rows between them are fewer than so many times
@@ -230,40 +237,36 @@ def plan_blocks(config: BlockSparseConfig, sequences: Sequences, world: int) -> 
             "patterns with kv_len or kv_cu_seqlens: block-sparse cross-attention is not defined; "
             "leave the patterns out"
         )
-    parts = tuple(_parts(config, sequences))
+    # A block that is larger than the sequence is one like the sequence.
+    block_q, block_kv = (min(size, sequences.q_len) for size in (config.block_q, config.block_kv))
+    parts = tuple(_parts(config, sequences, block_q, block_kv))
     for part in parts:
         for pattern in config.patterns:
             if trouble := pattern.check(part.scene):
                 raise InputError(f"pattern {pattern.kind!r}: {trouble}")
     unplaced = contiguous(sequences.q_len, world)
     plan = BlockPlan(unplaced, unplaced, parts, config.patterns)
-    unit = math.lcm(*(min(size, sequences.q_len) for size in (config.block_q, config.block_kv)))
+    unit = math.lcm(block_q, block_kv)
     layout = _layout(config.layout, plan, sequences.q_len, world, unit)
     return replace(plan, queries=layout, keys=layout)
 
 
-def _parts(config: BlockSparseConfig, sequences: Sequences) -> Iterator[Part]:
+def _parts(
+    config: BlockSparseConfig, sequences: Sequences, block_q: int, block_kv: int
+) -> Iterator[Part]:
     batches = dict.fromkeys(document.batch for document in sequences.documents)
     for batch in batches:
         documents = tuple(one.q for one in sequences.documents if one.batch == batch)
-        # A block that is larger than the sequence is one like the sequence.
-        block_q, block_kv = (
-            min(size, sequences.q_len) for size in (config.block_q, config.block_kv)
-        )
         scene = Scene(sequences.q_len, documents, band_of(config), block_q, block_kv)
         yield Part(batch, scene)
 
 
 def _layout(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: int) -> Layout:
-    def work(runs: Sequence[range]) -> float:
+    def work(run: range) -> float:
         return sum(
-            plan._cost(part.scene, runs) * (1 if part.batch is None else len(part.batch))
+            plan._cost(part.scene, [run]) * (1 if part.batch is None else len(part.batch))
             for part in plan.parts
         )
-
-    def imbalance(layout: Layout) -> float:
-        loads = [work(runs) for runs in layout.rows]
-        return max(loads) * world / sum(loads) if sum(loads) else 1.0
 
     if name != "auto":
         return {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}[name](length, world)
@@ -274,17 +277,17 @@ def _layout(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: in
         _scaled(contiguous(count, world), unit, length),
         _scaled(zigzag(count, world), unit, length),
         _scaled(
-            balanced(count, world, lambda run: round(1024 * work([_tokens(run, unit, length)]))),
+            balanced(count, world, lambda run: round(1024 * work(_tokens(run, unit, length)))),
             unit,
             length,
         ),
         contiguous(length, world),
         zigzag(length, world),
     ):
-        found = imbalance(layout)
-        if found <= _EVEN:
+        found = imbalance(layout, work)
+        if found <= EVEN:
             return layout
-        if best is None or found < best[0] / _EVEN:
+        if best is None or found < best[0] / EVEN:
             best = found, layout
     assert best is not None
     return best[1]
@@ -312,16 +315,11 @@ def _degrees(scene: Scene, weights: tuple[tuple[tuple[Pattern, ...], range, floa
         most = sum(pattern.chosen for pattern in patterns)
         if most:
             # Of what is chosen, the query block's own tokens are in the static pattern already.
-            count = torch.minimum(
-                count + most - _own_blocks(scene), admitted_count(scene).double()
-            ).maximum(count)
+            first, last = scene.own(scene.blocks(torch.arange(scene.query_blocks, device="cpu")))
+            more = (most - (last - first + 1)).clamp_min(0)
+            count = (count + more).minimum(admitted_count(scene).double())
         total += share * count
     return total
-
-
-def _own_blocks(scene: Scene) -> Tensor:
-    q = scene.blocks(torch.arange(scene.query_blocks, device="cpu"))
-    return (q.last // scene.block_kv - q.first // scene.block_kv + 1).double()
 
 
 @lru_cache(maxsize=1024)
@@ -386,7 +384,7 @@ def _needed_rows(
     if rank == owner or last - first <= _PACKED * rows:
         kv = Rows(first, last - first)
         return kv, tuple(Run(run.row - first, run.tokens) for run in runs)
-    kv = Segments.of(_joined([range(run.row, run.row + len(run.tokens)) for run in runs]))
+    kv = Segments.of(joined([range(run.row, run.row + len(run.tokens)) for run in runs]))
     placed, row = [], 0
     for run in runs:
         placed.append(Run(row, run.tokens))
@@ -408,17 +406,6 @@ def _runs_within(run: Run, needed: Tensor, size: int) -> Iterator[Run]:
         end = min(len(tokens), -(-(stop * size - tokens.start) // tokens.step))
         if begin < end:
             yield Run(run.row + begin, tokens[begin:end])
-
-
-def _joined(runs: Sequence[range]) -> list[range]:
-    """Neighbouring rows as one run."""
-    done: list[range] = []
-    for run in runs:
-        if done and done[-1].stop == run.start:
-            done[-1] = range(done[-1].start, run.stop)
-        else:
-            done.append(run)
-    return done
 
 
 def _clusters(

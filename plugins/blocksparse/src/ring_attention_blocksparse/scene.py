@@ -122,6 +122,10 @@ class Scene:
         first = block * self.block_kv
         return first, (first + self.block_kv - 1).clamp_max(self.length - 1)
 
+    def own(self, q: Blocks) -> tuple[Tensor, Tensor]:
+        """First and last key block that hold tokens of query blocks."""
+        return q.first // self.block_kv, q.last // self.block_kv
+
     # The mask
 
     def bounds(self, i: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ring_attention_blocksparse.pairs import Span, admitted, candidates, seen
+from ring_attention_blocksparse.pairs import PAIRS, Span, admitted, candidates, seen
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
 from ring_core.tiling import Run
 
-_PAIRS = 1 << 24
-"""Pairs of tokens looked at together."""
 FULL = -1
 """In place of a mask's number: all is seen."""
 
@@ -73,6 +71,13 @@ class Pieces:
     def last(self) -> Tensor:
         """[n]: the last row's token."""
         return self.token + (self.size - 1) * self.step
+
+    def rows(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., largest]: the rows of some pieces, and whether they have so many: where not, the
+        first one."""
+        place = torch.arange(self.largest, device=which.device)
+        there = place < self.size[which][..., None]
+        return self.row[which][..., None] + place * there, there
 
     def span(self, which: Tensor) -> Span:
         """Some pieces' tokens."""
@@ -172,12 +177,12 @@ class Tables:
         count = self.by_query.start.diff().long()
         which, _ = ragged(count)
         found = torch.zeros(lists * len(rows) * nk, dtype=torch.bool, device=device)
-        step = max(1, _PAIRS // (self.q.largest * self.kv.largest))
+        step = max(1, PAIRS // (self.q.largest * self.kv.largest))
         for some in torch.split(torch.arange(len(which), device=device), step):
             layer, mine = which[some] // len(self.q), which[some] % len(self.q)
             theirs = self.by_query.other[some].long()
-            x, there_x = _rows(self.q, mine)
-            y, there_y = _rows(self.kv, theirs)
+            x, there_x = self.q.rows(mine)
+            y, there_y = self.kv.rows(theirs)
             there_x &= (x >= rows.start) & (x < rows.stop)
             shown = self.unpacked(self.by_query.mask[some])
             shown = shown & there_x[:, :, None] & there_y[:, None, :]
@@ -250,7 +255,7 @@ def pairs_of(
     mask = torch.full_like(x, FULL)
     kept = whole & clear.whole
     looked_at = (~kept & clear.some).nonzero().squeeze(1)
-    for some in torch.split(looked_at, max(1, _PAIRS // (q.largest * kv.largest))):
+    for some in torch.split(looked_at, max(1, PAIRS // (q.largest * kv.largest))):
         shown = seen(scene, patterns, q.span(x[some]), kv.span(y[some]), whole[some])
         area = q.size[x[some]] * kv.size[y[some]]
         ones = shown.flatten(1).sum(1)
@@ -266,13 +271,6 @@ def _expand(keys: Tensor, order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor
     count = torch.searchsorted(keys, wanted, right=True) - first
     which, place = ragged(count)
     return order[first[which] + place], which
-
-
-def _rows(pieces: Pieces, which: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, largest]: rows of some pieces, and whether they have so many."""
-    place = torch.arange(pieces.largest, device=which.device)
-    there = place < pieces.size[which][:, None]
-    return pieces.row[which][:, None] + place * there, there
 
 
 def packed(shown: Tensor) -> Tensor:

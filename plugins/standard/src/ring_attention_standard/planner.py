@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -12,14 +12,11 @@ from functools import partial
 from ring_attention_standard.branches import Branch
 from ring_core.config import LayoutName, RingAttentionConfig
 from ring_core.errors import InputError
-from ring_core.layout import Layout, balanced, contiguous, striped, zigzag
+from ring_core.layout import EVEN, Layout, balanced, contiguous, imbalance, striped, zigzag
 from ring_core.masks import Band, Mask
 from ring_core.plan import Heads, Plan, Tile
 from ring_core.sequences import Sequences
 from ring_core.tiling import Document, Run, common, join_phases, merge_tiles, runs_of
-
-_EVEN = 1.05
-"""Up to this imbalance ``auto`` keeps contiguous shards, which move the least data."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +134,12 @@ def _layout(
     if name == "striped":
         return striped(length, world)
     work = partial(_work, sequences=sequences, band=band, branches=branches)
-    if name == "auto" and _imbalance(contiguous(length, world), work) <= _EVEN:
+    if name == "auto" and imbalance(contiguous(length, world), work) <= EVEN:
         return contiguous(length, world)
     plain = zigzag(length, world)
     if len(sequences.documents) == 1 and sequences.documents[0].q == range(length):
         one_ramp = branches == (Branch(),)
-        if name == "zigzag" or one_ramp or _imbalance(plain, work) <= _EVEN:
+        if name == "zigzag" or one_ramp or imbalance(plain, work) <= EVEN:
             return plain
     return balanced(length, world, work)
 
@@ -157,11 +154,6 @@ def _work(rows: range, sequences: Sequences, band: Band, branches: tuple[Branch,
         for document in sequences.documents
         for branch in branches
     )
-
-
-def _imbalance(layout: Layout, work: Callable[[range], int]) -> float:
-    loads = [sum(work(run) for run in runs) for runs in layout.rows]
-    return max(loads) * layout.world / max(1, sum(loads))
 
 
 def _by_batch(documents: Sequence[Document]) -> Iterator[list[Document]]:

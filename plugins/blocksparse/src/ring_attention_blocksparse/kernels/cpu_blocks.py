@@ -10,7 +10,7 @@ from ring_attention_standard.kernels.heads import common_size, padded
 from torch import Tensor
 
 from ring_attention_blocksparse.mask import BlockMask, join, of
-from ring_attention_blocksparse.tables import FULL, Pieces, Tables
+from ring_attention_blocksparse.tables import FULL, Tables
 from ring_core.dropout import Dropout
 from ring_core.masks import Mask
 from ring_core.plan import Tile
@@ -194,8 +194,8 @@ class _Lane:
             step = max(1, self.most // (count * q.largest * kv.largest))
             for some in torch.split(pieces, step):
                 pair = start[some][:, None] + torch.arange(count)
-                kv_rows, kv_there = _rows_of(kv, lists.other[pair].long())
-                q_rows, q_there = _rows_of(q, some)
+                kv_rows, kv_there = kv.rows(lists.other[pair].long())
+                q_rows, q_there = q.rows(some)
                 yield _Chunk(
                     q_rows,
                     q_there,
@@ -223,10 +223,3 @@ def _lanes(tables: Tables, q: Tensor, k: Tensor) -> Iterator[_Lane]:
             lanes = tables.batch * tables.heads
             most = max(1, _SCORES * lanes // (q.shape[0] * q.shape[2]))
             yield _Lane(tables, b * tables.heads + h, batch, heads, k.shape[2], most)
-
-
-def _rows_of(pieces: Pieces, which: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., largest]: rows of some pieces, and whether they have so many."""
-    place = torch.arange(pieces.largest)
-    there = place < pieces.size[which][..., None]
-    return pieces.row[which][..., None] + place * there, there
