@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ring_attention_blocksparse.kernels.cpu_blocks import CpuBlocks
@@ -105,6 +106,72 @@ def test_what_no_list_names_is_not_read():
         assert not x.isnan().any()
 
 
+def tiled(*patterns, **fields):
+    return blocks(*patterns, block_q=128, block_kv=128, **fields)
+
+
+LONG = {"kind": "local", "left": 700, "right": 130}
+TILED = {
+    "window": (tiled(LONG), 2000),
+    "causal": (tiled(LONG, causal=True), 2048),
+    "few long lists": (tiled({"kind": "global_tokens", "ids": [5]}, LOCAL), 4000),
+    "long lists, heads that differ": (
+        tiled({"kind": "random", "blocks": 2}, {"kind": "global_tokens", "ids": [2111]}),
+        2999,
+    ),
+    "batch rows that differ": (tiled({"kind": "topk", "blocks": 3}, causal=True), 1000),
+    "documents": (tiled(LONG), 1300, (0, 20, 700, 1300)),
+    "rows that see nothing": (tiled({"kind": "sink", "n": 9}, LOCAL), 900, (0, 300, 700)),
+}
+
+
+@pytest.mark.parametrize("case", TILED)
+def test_padded_lists_say_the_same(case):
+    """Read as flash-attn-4 does: lists, then the masks of what is partial."""
+    fields, length, *documents = TILED[case]
+    q = torch.randn(2, length, 2, 4)
+    ((rows, keys, mask),) = tiles(fields, length, 2, q, q, *documents)
+    nq, nk = (x.stop - x.start for x in (rows, keys))
+    right = mask.visible(range(nq), nk)[:, :, 0]
+    tables = mask.tables(torch.device("cpu"))
+    padded = tables.padded
+    pairs = len(tables.by_query.other)
+    for side, parts in enumerate((padded.by_query, padded.by_key)):
+        found = torch.zeros_like(right)
+        assert len(parts) == 2 if "long lists" in case else len(parts) == 1
+        for part in parts:
+            assert part.partial.numel() + part.full.numel() <= 8 * pairs + 100
+            mine = torch.arange(right.shape[2 + side]) if part.rows is None else part.rows
+            mine = mine[mine < right.shape[2 + side]]
+            for b, h, line in np.ndindex(*part.partial_count.shape):
+                for whole in (False, True):
+                    lists = (
+                        (part.full, part.full_count)
+                        if whole
+                        else (part.partial, part.partial_count)
+                    )
+                    listed = lists[0][b, h, line, : lists[1][b, h, line]].tolist()
+                    assert listed == sorted(set(listed))
+                    for other in listed:
+                        ours = mine[128 * line : 128 * (line + 1)]
+                        theirs = torch.arange(128 * other, 128 * (other + 1))
+                        theirs = theirs[theirs < right.shape[3 - side]]
+                        x, y = (line, other) if side == 0 else (other, line)
+                        shown = torch.ones(128, 128, dtype=torch.bool)
+                        if not whole:
+                            number = part.slots[b, h, x, y % part.slots.shape[-1]]
+                            words = padded.bits[number]
+                            shown = (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)
+                        index = (ours, theirs) if side == 0 else (theirs, ours)
+                        place = b, h, index[0][:, None], index[1]
+                        assert not found[place].any(), "listed once"
+                        assert not shown[len(index[0]) :].any() or whole
+                        assert not shown[:, len(index[1]) :].any() or whole
+                        assert not whole or len(index[0]) == len(index[1]) == 128
+                        found[place] = shown[: len(index[0]), : len(index[1])]
+        assert torch.equal(found, right)
+
+
 def large_scores(kernel, device):
     """A piece smaller than a program's rows, and sums of weights far below 1."""
     for block in (24, 16):
@@ -146,7 +213,7 @@ def compile_for_a_gpu():
     """The programs are compiled to machine code of Hopper, and fit its shared memory."""
     import triton
     from ring_attention_blocksparse.kernels import programs
-    from ring_attention_blocksparse.kernels.triton_blocks import shape_for
+    from ring_attention_blocksparse.kernels.triton_blocks import shapes_for
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -154,7 +221,7 @@ def compile_for_a_gpu():
     types = {
         "lse": "*fp32",
         "delta": "*fp32",
-        "lists": ("*i32",) * 4,
+        "lists": ("*i32",) * 5,
         "bits": "*i32",
         "q_pieces": ("*i64",) * 2,
         "kv_pieces": ("*i64",) * 2,
@@ -162,8 +229,12 @@ def compile_for_a_gpu():
         "scale": "fp32",
     }
     for size in (128, 256):
-        shape = shape_for(torch.bfloat16, size, large=True)
-        for program in (programs.forward, programs.query_gradients, programs.key_gradients):
+        shapes = shapes_for(torch.bfloat16, size, large=True)
+        for program, shape in (
+            (programs.forward, shapes.forward),
+            (programs.query_gradients, shapes.queries),
+            (programs.key_gradients, shapes.keys),
+        ):
             constants = dict.fromkeys(("D", "DV", "PD", "PDV"), size)
             constants |= {"LARGEST_Q": 128, "LARGEST_KV": 128, "WORDS": 4}
             constants |= {"BM": shape.rows_q, "BN": shape.rows_kv}
@@ -211,17 +282,29 @@ def test_triton_programs(function, interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dim", [16, 64, 128, 192])
-def test_triton_programs_on_a_gpu(case, dim):
+@pytest.mark.parametrize(
+    ("dim", "dtype", "bound"),
+    [
+        (16, torch.float32, 1e-4),
+        (64, torch.float16, 2e-2),
+        (128, torch.bfloat16, 0.15),
+        (192, torch.bfloat16, 0.15),
+    ],
+)
+def test_triton_programs_on_a_gpu(case, dim, dtype, bound):
     from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 
-    for dtype, bound in ((torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 0.15)):
-        compare(
-            TritonBlocks(),
-            *CASES[case],
-            dim=dim,
-            value_dim=dim,
-            dtype=dtype,
-            bound=bound,
-            device="cuda",
-        )
+    sizes = {"dim": dim, "value_dim": dim}
+    compare(TritonBlocks(), *CASES[case], **sizes, dtype=dtype, bound=bound, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TILED)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
+def test_flash_attn_4_on_a_gpu(case, dim, dtype):
+    from ring_attention_blocksparse.kernels.flash4_blocks import Flash4Blocks
+
+    pytest.importorskip("flash_attn.cute")
+    bound = 2e-2 if dtype == torch.float16 else 0.15
+    sizes = {"dim": dim, "value_dim": dim}
+    compare(Flash4Blocks(), *TILED[case], **sizes, dtype=dtype, bound=bound, device="cuda")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from ring_attention_blocksparse.pairs import PAIRS, Span, admitted, candidates, 
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
 from ring_core.tiling import Run
+
+if TYPE_CHECKING:
+    from ring_attention_blocksparse.kernels.padded import PaddedTables
 
 FULL = -1
 """In place of a mask's number: all is seen."""
@@ -90,23 +95,26 @@ class Lists:
 
     Attributes:
         start: int32 [lists + 1]. other: int32 [pairs], a piece. mask: int32 [pairs], a number of a
-            mask, or :data:`FULL`.
-        plain: int32 [lists], where in each list those begin that need no mask: full ones, and of
-            keys only those as large as any.
+            mask, or :data:`FULL`. row: int32 [pairs], the other piece's first row.
+        plain: int32 [lists], where in each list those begin that need no mask: full ones, with
+            pieces as large as any.
     """
 
     start: Tensor
     other: Tensor
     mask: Tensor
+    row: Tensor
     plain: Tensor
 
     @staticmethod
-    def of(lists: int, which: Tensor, other: Tensor, mask: Tensor, plain: Tensor) -> Lists:
-        """From pairs in any order, and whether each is plain; those behind all lists are left."""
+    def of(lists: int, which: Tensor, others: Pieces, other: Tensor, mask: Tensor) -> Lists:
+        """From pairs in any order; those behind all lists are left."""
+        plain = (mask == FULL) & (others.size[other] == others.largest)
         key, order = torch.sort(2 * which + plain, stable=True)
         edges = 2 * torch.arange(lists + 1, device=which.device)
         start, first = (torch.searchsorted(key, x).int() for x in (edges, edges[:-1] + 1))
-        return Lists(start, other[order].int(), mask[order].int(), first)
+        other = other[order]
+        return Lists(start, other.int(), mask[order].int(), others.row[other].int(), first)
 
 
 @dataclass(frozen=True)
@@ -149,17 +157,24 @@ class Tables:
             other: a piece of keys. mask: the mask's number.
         """
         lists, size = batch * heads, max(1, len(q))
-        back, full = which // size * len(kv) + other, mask == FULL
-        plain = full & (kv.size[other] == kv.largest)
+        back = which // size * len(kv) + other
         return Tables(
             q,
             kv,
             batch,
             heads,
-            Lists.of(lists * len(q), which, other, mask, plain),
-            Lists.of(lists * len(kv), back, which % size, mask, full),
+            Lists.of(lists * len(q), which, kv, other, mask),
+            Lists.of(lists * len(kv), back, q, which % size, mask),
             bits,
         )
+
+    @cached_property
+    def padded(self) -> PaddedTables | None:
+        """The same for kernels that want lists of equal length, if they can have them."""
+        from ring_attention_blocksparse.kernels.padded import PaddedTables
+
+        with torch.inference_mode(False), torch.no_grad():
+            return PaddedTables.of(self)
 
     def unpacked(self, mask: Tensor) -> Tensor:
         """Masks of some numbers, :data:`FULL` among them: bool [..., q.largest, kv.largest]."""

@@ -4,7 +4,9 @@ One program for a part of a piece of rows and a head: it goes through the piece'
 compilation serves every pattern: what a pair of pieces sees is data, a mask of one bit a pair.
 
 Sizes: BM rows of queries, BN rows of keys at a time; D and DV head sizes, PD and PDV the next
-powers of two. Scores are kept in base 2.
+powers of two. Scores are kept in base 2. MASKED says which of a list's two parts is gone through:
+pairs of which something may not be seen or not be there, or plain ones. A tile of rows is read at a
+first row, once for all of them 64 bits wide, and places in the tile, which stay the same.
 """
 
 from __future__ import annotations
@@ -87,8 +89,8 @@ def _meet(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
-        y, there, rows = _rows(kv_pieces, tl.load(lists[2] + pair), step % PARTS * BN, BN)
-        keys = _load_rows(k, k_strides, rows, there, D, PD)
+        row, y, there = _other(lists, kv_pieces, pair, step % PARTS * BN, BN, MASKED)
+        keys = _tile(k, k_strides, row, there, BN, D, PD, MASKED)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         if MASKED:
             shown = _shown(lists, bits, pair, x[:, None], y[None, :], LARGEST_Q, LARGEST_KV, WORDS)
@@ -99,7 +101,7 @@ def _meet(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - pivot[:, None])
         kept = tl.exp2(largest - pivot)
         total = total * kept + tl.sum(weights, 1)
-        values = _load_rows(v, v_strides, rows, there, DV, PDV)
+        values = _tile(v, v_strides, row, there, BN, DV, PDV, MASKED)
         summed = summed * kept[:, None]
         summed = tl.dot(weights.to(values.dtype), values, summed, input_precision="ieee")
         largest = now
@@ -194,9 +196,9 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
-        y, there, rows = _rows(kv_pieces, tl.load(lists[2] + pair), step % PARTS * BN, BN)
-        keys = _load_rows(k, k_strides, rows, there, D, PD)
-        values = _load_rows(v, v_strides, rows, there, DV, PDV)
+        row, y, there = _other(lists, kv_pieces, pair, step % PARTS * BN, BN, MASKED)
+        keys = _tile(k, k_strides, row, there, BN, D, PD, MASKED)
+        values = _tile(v, v_strides, row, there, BN, DV, PDV, MASKED)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(scores - sums[:, None])
         if MASKED:
@@ -254,6 +256,8 @@ def key_gradients(  # type: ignore[no-untyped-def]
     d_keys = tl.zeros([BN, PD], tl.float32)
     d_values = tl.zeros([BN, PDV], tl.float32)
     start, plain, stop = _list(lists, layers, b, h, pieces, piece)
+    if LARGEST_Q % BM != 0:
+        plain = stop
     for member in range(group):
         head = h * group + member
         d_keys, d_values = _key_gradients(
@@ -282,20 +286,21 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr = (LARGEST_Q + BM - 1) // BM
     q += b * q_strides[0] + h * q_strides[2]
     dout += b * dout_strides[0] + h * dout_strides[2]
+    lse += b * lse_strides[0] + h * lse_strides[1]
+    delta += b * delta_strides[0] + h * delta_strides[1]
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
-        x, inside, rows = _rows(q_pieces, tl.load(lists[2] + pair), step % PARTS * BM, BM)
-        queries = _load_rows(q, q_strides, rows, inside, D, PD)
-        sums = _sums(lse, lse_strides, b, h, rows, inside)
+        row, x, inside = _other(lists, q_pieces, pair, step % PARTS * BM, BM, MASKED)
+        queries = _tile(q, q_strides, row, inside, BM, D, PD, MASKED)
+        sums = _base2(_line(lse, lse_strides[2], row, inside, BM, MASKED, float("-inf")))
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(scores - sums[None, :])
         if MASKED:
             shown = _shown(lists, bits, pair, x[None, :], y[:, None], LARGEST_Q, LARGEST_KV, WORDS)
             weights = tl.where(shown, weights, 0.0)
-        d_out = _load_rows(dout, dout_strides, rows, inside, DV, PDV)
+        d_out = _tile(dout, dout_strides, row, inside, BM, DV, PDV, MASKED)
         d_values = tl.dot(weights.to(d_out.dtype), d_out, d_values, input_precision="ieee")
-        at = b * delta_strides[0] + h * delta_strides[1] + rows * delta_strides[2]
-        less = tl.load(delta + at, inside, other=0.0)
+        less = _line(delta, delta_strides[2], row, inside, BM, MASKED, 0.0)
         d_weights = tl.dot(values, tl.trans(d_out), input_precision="ieee")
         d_scores = weights * (d_weights - less[None, :])
         d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
@@ -343,26 +348,62 @@ def _shown(  # type: ignore[no-untyped-def]
     return (tl.load(bits + at, inside, other=-1) >> (y % 32)) & 1 != 0
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _other(lists, pieces, pair, first, ROWS: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows from ``first`` on of a pair's other piece: the first one in the tile; and counted in the
+    piece, and whether it has so many, as it has where all is plain."""
+    place = first + tl.arange(0, ROWS)
+    there = place >= 0
+    if MASKED:
+        there = place < tl.load(pieces[1] + tl.load(lists[2] + pair))
+    return tl.load(lists[4] + pair) + first, place, there
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    x, strides, row, there,
+    ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from ``row`` on of x [S, D], a head of a batch row; 0 where there is none."""
+    column = tl.arange(0, P)[None, :]
+    at = x + row.to(tl.int64) * strides[1] + (tl.arange(0, ROWS)[:, None] * strides[1] + column)
+    if MASKED:
+        return tl.load(at, there[:, None] & (column < D), other=0.0)
+    if D != P:
+        return tl.load(at, column < D, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _line(  # type: ignore[no-untyped-def]
+    x, stride, row, there, ROWS: tl.constexpr, MASKED: tl.constexpr, nothing,
+):  # fmt: skip
+    """ROWS numbers from ``row`` on of x [S]; ``nothing`` where there is none."""
+    at = x + row.to(tl.int64) * stride + tl.arange(0, ROWS) * stride
+    if MASKED:
+        return tl.load(at, there, other=nothing)
+    return tl.load(at)
+
+
 @triton.jit
 def _sums(lse, strides, b, h, rows, inside):  # type: ignore[no-untyped-def]
-    """lse in base 2; inf for rows that see nothing, or are not there: all weighs 0 then."""
+    """lse in base 2 of some rows of a head."""
     at = b * strides[0] + h * strides[1] + rows * strides[2]
-    found = tl.load(lse + at, inside, other=float("-inf"))
-    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+    return _base2(tl.load(lse + at, inside, other=float("-inf")))
+
+
+@triton.jit
+def _base2(lse):  # type: ignore[no-untyped-def]
+    """lse in base 2; inf for rows that see nothing, or are not there: all weighs 0 then."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(x, strides, b, h, rows, inside, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows [rows, P] of a head of x [B, S, H, D]; 0 where there is none."""
-    return _load_rows(x + b * strides[0] + h * strides[2], strides, rows, inside, D, P)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_rows(x, strides, rows, inside, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     column = tl.arange(0, P)
+    x += b * strides[0] + h * strides[2]
     at = x + rows[:, None] * strides[1] + column[None, :]
-    if D == P:
-        return tl.load(at, inside[:, None], other=0.0)
     return tl.load(at, inside[:, None] & (column < D)[None, :], other=0.0)
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class TritonBlocks:
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
         if fresh is torch.zeros:
             lse.fill_(-torch.inf)
-        sizes = _Sizes(tables, q, k, v)
+        sizes = _Sizes.of(tables, q, k, v).forward
         with _on(q.device):
             programs.forward[sizes.grid(tables.q, sizes.rows_q, q.shape[0] * q.shape[2])](
                 q,
@@ -101,7 +101,7 @@ class TritonBlocks:
         tables = of(mask).tables(q.device)
         dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
         heads, kv_heads = q.shape[2], k.shape[2]
-        sizes = _Sizes(tables, q, k, v)
+        sizes = _Sizes.of(tables, q, k, v)
         delta = torch.empty(q.shape[0], heads, q.shape[1], device=q.device)
         dq, dk, dv = (
             (torch.empty if _covers(pieces, x.shape[1]) else torch.zeros)(
@@ -119,11 +119,12 @@ class TritonBlocks:
                 q.shape[1],
                 heads,
                 v.shape[-1],
-                sizes.constants["PDV"],
+                _power(v.shape[-1]),
                 64,
             )
             inputs = dout, q, k, v, lse, delta
-            programs.query_gradients[sizes.grid(tables.q, sizes.rows_q, q.shape[0] * heads)](
+            by = sizes.queries
+            programs.query_gradients[by.grid(tables.q, by.rows_q, q.shape[0] * heads)](
                 *inputs,
                 dq,
                 *(x.stride() for x in (*inputs, dq)),
@@ -133,10 +134,11 @@ class TritonBlocks:
                 heads // kv_heads,
                 _layers(tables),
                 scale,
-                **sizes.constants,
-                **sizes.options,
+                **by.constants,
+                **by.options,
             )
-            programs.key_gradients[sizes.grid(tables.kv, sizes.rows_kv, q.shape[0] * kv_heads)](
+            by = sizes.keys
+            programs.key_gradients[by.grid(tables.kv, by.rows_kv, q.shape[0] * kv_heads)](
                 *inputs,
                 dk,
                 dv,
@@ -147,8 +149,8 @@ class TritonBlocks:
                 heads // kv_heads,
                 _layers(tables),
                 scale,
-                **sizes.constants,
-                **sizes.options,
+                **by.constants,
+                **by.options,
             )
         return dq, dk, dv
 
@@ -163,25 +165,41 @@ class Shape:
     stages: int
 
 
-def shape_for(dtype: torch.dtype, head_size: int, large: bool) -> Shape:
-    """The largest programs that the shared memory of a GPU holds.
+@dataclass(frozen=True)
+class Shapes:
+    """Of the programs of the forward, of the gradients of queries, and of those of keys."""
+
+    forward: Shape
+    queries: Shape
+    keys: Shape
+
+
+def shapes_for(dtype: torch.dtype, head_size: int, large: bool) -> Shapes:
+    """Programs that the shared memory and the registers of a GPU hold; the fastest measured.
 
     Args:
         large: whether it has 227 KiB for a program, as Hopper has; else up to 139 KiB are used.
     """
     if dtype != torch.float32 and head_size <= 128 and large:
-        return Shape(128, 64, 8, 3)
-    if dtype == torch.float32 and head_size > 128:
-        return Shape(32, 32, 4, 2)
-    return Shape(64, 32, 4, 2)
+        return Shapes(Shape(64, 64, 4, 2), Shape(64, 64, 4, 3), Shape(32, 64, 4, 3))
+    least = 32 if dtype == torch.float32 and head_size > 128 else 64
+    return Shapes(*[Shape(least, 32, 4, 2)] * 3)
 
 
 class _Sizes:
-    """What a call is compiled for: the sizes of heads and blocks."""
+    """What a program is compiled for: the sizes of heads and blocks."""
 
-    def __init__(self, tables: Tables, q: Tensor, k: Tensor, v: Tensor) -> None:
+    @staticmethod
+    def of(tables: Tables, q: Tensor, k: Tensor, v: Tensor) -> _AllSizes:
+        """For each program."""
+        head_size = max(q.shape[-1], v.shape[-1])
+        shapes = shapes_for(q.dtype, head_size, _is_large(q.device))
+        return _AllSizes(
+            *(_Sizes(x, tables, q, v) for x in (shapes.forward, shapes.queries, shapes.keys))
+        )
+
+    def __init__(self, shape: Shape, tables: Tables, q: Tensor, v: Tensor) -> None:
         largest_q, largest_kv = tables.q.largest, tables.kv.largest
-        shape = shape_for(q.dtype, max(q.shape[-1], v.shape[-1]), _is_large(q.device))
         self.rows_q = min(shape.rows_q, _power(largest_q))
         self.rows_kv = min(shape.rows_kv, _power(largest_kv))
         self.constants: dict[str, Any] = {
@@ -205,10 +223,16 @@ class _Sizes:
         return len(pieces) * -(-pieces.largest // rows), heads
 
 
+class _AllSizes(NamedTuple):
+    forward: _Sizes
+    queries: _Sizes
+    keys: _Sizes
+
+
 def _tables(tables: Tables, lists: Lists) -> tuple[Any, ...]:
     bits = tables.bits if len(tables.bits) else tables.bits.new_zeros(1)
     pieces = ((x.row, x.size) for x in (tables.q, tables.kv))
-    return (lists.start, lists.plain, lists.other, lists.mask), bits, *pieces
+    return (lists.start, lists.plain, lists.other, lists.mask, lists.row), bits, *pieces
 
 
 def _layers(tables: Tables) -> tuple[int, int]:

@@ -28,9 +28,7 @@ class Flash4(Rectangles):
     joins = True
 
     def refuse(self, problem: Problem) -> str | None:
-        if not _is_installed():
-            return "needs flash-attn-4: pip install ring-attention-standard[flash4]"
-        return super().refuse(problem)
+        return missing() or super().refuse(problem)
 
     def is_triangle(self, nq: int, nk: int, band: Band) -> bool:
         return band.lo is None and band.hi == nk - nq
@@ -44,7 +42,7 @@ class Flash4(Rectangles):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, ends: Ends | None, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = _interface()._flash_attn_fwd(
+        out, lse, *_ = interface()._flash_attn_fwd(
             q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_lengths(ends)
         )
         return out, lse
@@ -63,7 +61,7 @@ class Flash4(Rectangles):
         scale: float,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _interface()._flash_attn_bwd(
+        dq, dk, dv = interface()._flash_attn_bwd(
             q,
             k,
             v,
@@ -90,13 +88,16 @@ def _lengths(ends: Ends | None) -> dict[str, Any]:
 
 
 @cache
-def _is_installed() -> bool:
+def missing() -> str | None:
+    """What to do about the package if it is not there."""
     try:
-        return find_spec("flash_attn.cute") is not None
+        found = find_spec("flash_attn.cute") is not None
     except ImportError:
-        return False
+        found = False
+    return None if found else "needs flash-attn-4: pip install ring-attention-standard[flash4]"
 
 
 @cache
-def _interface() -> Any:
+def interface() -> Any:
+    """The package's functions."""
     return import_module("flash_attn.cute.interface")
