@@ -114,10 +114,10 @@ LONG = {"kind": "local", "left": 700, "right": 130}
 TILED = {
     "window": (tiled(LONG), 2000),
     "causal": (tiled(LONG, causal=True), 2048),
-    "few long lists": (tiled({"kind": "global_tokens", "ids": [5]}, LOCAL), 4000),
+    "few long lists": (tiled({"kind": "global_tokens", "ids": [5]}, LOCAL), 6000),
     "long lists, heads that differ": (
         tiled({"kind": "random", "blocks": 2}, {"kind": "global_tokens", "ids": [2111]}),
-        2999,
+        4999,
     ),
     "batch rows that differ": (tiled({"kind": "topk", "blocks": 3}, causal=True), 1000),
     "documents": (tiled(LONG), 1300, (0, 20, 700, 1300)),
@@ -125,51 +125,58 @@ TILED = {
 }
 
 
+def shown_by(padded, side, mine, theirs, b, h):
+    """A row for each list, read as flash-attn-4 does: bool [tiles * 128, tiles * 128]."""
+    found = torch.zeros(mine, theirs, 128, 128, dtype=torch.bool)
+    for line in range(mine):
+        for listed, count in (
+            (padded.partial, padded.partial_count),
+            (padded.full, padded.full_count),
+        ):
+            others = listed[b, h, line, : count[b, h, line]].tolist()
+            assert others == sorted(set(others))
+            for other in others:
+                x, y = (line, other) if side == 0 else (other, line)
+                assert not found[line, other].any(), "listed once"
+                if listed is padded.full:
+                    found[line, other] = True
+                    continue
+                words = padded.bits[padded.slots[b, h, x, y % padded.slots.shape[-1]]]
+                shown = (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)
+                found[line, other] = shown if side == 0 else shown.T
+    return found.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 @pytest.mark.parametrize("case", TILED)
-def test_padded_lists_say_the_same(case):
-    """Read as flash-attn-4 does: lists, then the masks of what is partial."""
+def test_lists_for_flash_attn_4_say_the_same(case):
+    """And long ones are cut: no array is much larger than its pairs."""
     fields, length, *documents = TILED[case]
     q = torch.randn(2, length, 2, 4)
     ((rows, keys, mask),) = tiles(fields, length, 2, q, q, *documents)
-    nq, nk = (x.stop - x.start for x in (rows, keys))
-    right = mask.visible(range(nq), nk)[:, :, 0]
+    sizes = rows.stop - rows.start, keys.stop - keys.start
+    right = mask.visible(range(sizes[0]), sizes[1])[:, :, 0]
     tables = mask.tables(torch.device("cpu"))
-    padded = tables.padded
-    pairs = len(tables.by_query.other)
-    for side, parts in enumerate((padded.by_query, padded.by_key)):
-        found = torch.zeros_like(right)
-        assert len(parts) == 2 if "long lists" in case else len(parts) == 1
-        for part in parts:
-            assert part.partial.numel() + part.full.numel() <= 8 * pairs + 100
-            mine = torch.arange(right.shape[2 + side]) if part.rows is None else part.rows
-            mine = mine[mine < right.shape[2 + side]]
-            for b, h, line in np.ndindex(*part.partial_count.shape):
-                for whole in (False, True):
-                    lists = (
-                        (part.full, part.full_count)
-                        if whole
-                        else (part.partial, part.partial_count)
-                    )
-                    listed = lists[0][b, h, line, : lists[1][b, h, line]].tolist()
-                    assert listed == sorted(set(listed))
-                    for other in listed:
-                        ours = mine[128 * line : 128 * (line + 1)]
-                        theirs = torch.arange(128 * other, 128 * (other + 1))
-                        theirs = theirs[theirs < right.shape[3 - side]]
-                        x, y = (line, other) if side == 0 else (other, line)
-                        shown = torch.ones(128, 128, dtype=torch.bool)
-                        if not whole:
-                            number = part.slots[b, h, x, y % part.slots.shape[-1]]
-                            words = padded.bits[number]
-                            shown = (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)
-                        index = (ours, theirs) if side == 0 else (theirs, ours)
-                        place = b, h, index[0][:, None], index[1]
-                        assert not found[place].any(), "listed once"
-                        assert not shown[len(index[0]) :].any() or whole
-                        assert not shown[:, len(index[1]) :].any() or whole
-                        assert not whole or len(index[0]) == len(index[1]) == 128
-                        found[place] = shown[: len(index[0]), : len(index[1])]
-        assert torch.equal(found, right)
+    for side, parts in enumerate(tables.parts):
+        found = torch.zeros_like(right if side == 0 else right.mT)
+        assert len(parts) == (2 if "long lists" in case else 1)
+        for part, copies in parts:
+            padded = part.padded[side]
+            size = padded.partial.numel() + padded.full.numel()
+            assert size <= 8 * len(part.by_query.other) + 16 * padded.partial_count.numel()
+            mine = padded.partial_count.shape[-1]
+            theirs = -(-sizes[1 - side] // 128)
+            for b, h in np.ndindex(right.shape[:2]):
+                shown = shown_by(padded, side, mine, theirs, b, h)[:, : sizes[1 - side]]
+                if copies is None:
+                    found[b, h] |= shown[: sizes[side]]
+                    assert not shown[sizes[side] :].any()
+                    continue
+                each = shown.unflatten(0, (-1, 128)).split(copies.counts.tolist())
+                for lines, several in zip(copies.lines, each, strict=True):
+                    assert several.sum(0).max() == 1, "no pair in two copies"
+                    assert not found[b, h, lines].any()
+                    found[b, h, lines] = several.any(0)
+        assert torch.equal(found, right if side == 0 else right.mT)
 
 
 def large_scores(kernel, device):
@@ -188,6 +195,15 @@ def large_scores(kernel, device):
             assert (x - y).abs().max() < 1e-2
 
 
+LONG_LISTS = {
+    "few long lists": (blocks({"kind": "global_tokens", "ids": [5]}, LOCAL), 500),
+    "long lists, heads that differ, in the last block": (
+        blocks({"kind": "random", "blocks": 1}, {"kind": "global_tokens", "ids": [283]}),
+        284,
+    ),
+}
+
+
 def interpret():
     """Called by the test below, in the interpreter's process."""
     from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
@@ -195,6 +211,8 @@ def interpret():
     kernel = TritonBlocks()
     for name in CASES.keys() - {"documents"}:
         compare(kernel, *CASES[name], dtype=torch.float32, bound=1e-5, device="cpu")
+    for name in LONG_LISTS.keys() - {"few long lists"}:
+        compare(kernel, *LONG_LISTS[name], dtype=torch.float32, bound=1e-5, device="cpu")
     # The interpreter knows no products of bfloat16.
     compare(kernel, *CASES["causal window"], dtype=torch.float16, bound=1e-2, device="cpu")
     large_scores(kernel, "cpu")
@@ -281,7 +299,7 @@ def test_triton_programs(function, interpreted):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | LONG_LISTS)
 @pytest.mark.parametrize(
     ("dim", "dtype", "bound"),
     [
@@ -295,7 +313,14 @@ def test_triton_programs_on_a_gpu(case, dim, dtype, bound):
     from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 
     sizes = {"dim": dim, "value_dim": dim}
-    compare(TritonBlocks(), *CASES[case], **sizes, dtype=dtype, bound=bound, device="cuda")
+    compare(
+        TritonBlocks(),
+        *(CASES | LONG_LISTS)[case],
+        **sizes,
+        dtype=dtype,
+        bound=bound,
+        device="cuda",
+    )
 
 
 @pytest.mark.gpu

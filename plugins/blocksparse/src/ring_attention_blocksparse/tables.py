@@ -21,7 +21,8 @@ from ring_attention_blocksparse.scene import Scene, ragged
 from ring_core.tiling import Run
 
 if TYPE_CHECKING:
-    from ring_attention_blocksparse.kernels.padded import PaddedTables
+    from ring_attention_blocksparse.kernels.padded import Padded
+    from ring_attention_blocksparse.kernels.parts import Part
 
 FULL = -1
 """In place of a mask's number: all is seen."""
@@ -169,12 +170,22 @@ class Tables:
         )
 
     @cached_property
-    def padded(self) -> PaddedTables | None:
-        """The same for kernels that want lists of equal length, if they can have them."""
-        from ring_attention_blocksparse.kernels.padded import PaddedTables
+    def parts(self) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """For each side the same in parts without long lists."""
+        from ring_attention_blocksparse.kernels.parts import parts
 
         with torch.inference_mode(False), torch.no_grad():
-            return PaddedTables.of(self)
+            return parts(self, 0), parts(self, 1)
+
+    @cached_property
+    def padded(self) -> tuple[Padded | None, Padded | None]:
+        """For each side lists of equal length, if they can have them."""
+        from ring_attention_blocksparse.kernels.padded import is_tiled, padded
+
+        with torch.inference_mode(False), torch.no_grad():
+            if not (is_tiled(self.q) and is_tiled(self.kv)):
+                return None, None
+            return padded(self, 0), padded(self, 1)
 
     def unpacked(self, mask: Tensor) -> Tensor:
         """Masks of some numbers, :data:`FULL` among them: bool [..., q.largest, kv.largest]."""

@@ -10,9 +10,11 @@ import torch
 from ring_attention_standard.kernels import flash4
 from torch import Tensor
 
-from ring_attention_blocksparse.kernels.padded import TILE, Padded, PaddedTables
+from ring_attention_blocksparse.kernels.padded import TILE, Padded
+from ring_attention_blocksparse.kernels.parts import Copies
 from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 from ring_attention_blocksparse.mask import of
+from ring_attention_blocksparse.tables import Tables
 from ring_core.dropout import Dropout
 from ring_core.masks import Mask
 from ring_core.protocols import Problem
@@ -30,9 +32,7 @@ class Flash4Blocks(TritonBlocks):
     priority = 30
 
     def refuse(self, problem: Problem) -> str | None:
-        if reason := super().refuse(problem):
-            return reason
-        if reason := flash4.missing():
+        if reason := super().refuse(problem) or flash4.missing():
             return reason
         if torch.cuda.get_device_capability(problem.device) != (9, 0):
             return "needs compute capability 9.0 (Hopper)"
@@ -42,17 +42,15 @@ class Flash4Blocks(TritonBlocks):
             return "head sizes 64 and 128 only, of keys and values alike"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float
     ) -> tuple[Tensor, Tensor]:
-        tables = _padded(q, k, mask)
-        if tables is None:
-            return super().forward(q, k, v, mask, scale=scale, dropout=dropout)
-        first, *rest = tables.by_query
-        out, lse = self._attend(q, k, v, first, tables.bits, scale)
-        for one in rest:
-            rows = _inside(one, q)
-            out[:, rows], lse[:, :, rows] = self._attend(q[:, rows], k, v, one, tables.bits, scale)
+        padded = _padded(tables, 0, q.shape[1], k.shape[1])
+        if padded is None:
+            return super().attend(q, k, v, tables, scale)
+        out, lse, *_ = flash4.interface()._flash_attn_fwd(
+            q, k, v, softmax_scale=scale, return_lse=True, pack_gqa=False, **_sparse(padded, q, k)
+        )
         return out, lse
 
     def backward(
@@ -69,94 +67,64 @@ class Flash4Blocks(TritonBlocks):
         dropout: Dropout | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tables = None if deterministic else _padded(q, k, mask)
-        if tables is None:
-            return super().backward(
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                mask,
-                scale=scale,
-                dropout=dropout,
-                deterministic=deterministic,
+        parts = None if deterministic else _parts(of(mask).tables(q.device), q, k)
+        if parts is None:
+            options: Any = {"scale": scale, "dropout": dropout, "deterministic": deterministic}
+            return super().backward(dout, q, k, v, out, lse, mask, **options)
+
+        def gradients(k: Tensor, v: Tensor, lists: Padded) -> list[Tensor]:
+            found = flash4.interface()._flash_attn_bwd(
+                q, k, v, out, dout, lse, softmax_scale=scale, **_sparse(lists, q, k)
             )
-        first, *rest = tables.by_key
-        dq, dk, dv = self._gradients(dout, q, k, v, out, lse, first, tables.bits, scale)
-        for one in rest:
-            rows = _inside(one, k)
-            more, dk[:, rows], dv[:, rows] = self._gradients(
-                dout, q, k[:, rows], v[:, rows], out, lse, one, tables.bits, scale
-            )
+            return list(found)
+
+        (first, _), *cut = parts
+        dq, dk, dv = gradients(k, v, first)
+        for lists, copies in cut:
+            assert copies is not None
+            more, *found = gradients(k[:, copies.rows], v[:, copies.rows], lists)
             dq += more
-        return dq, dk, dv
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, one: Padded, bits: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = flash4.interface()._flash_attn_fwd(
-            q,
-            k,
-            v,
-            softmax_scale=scale,
-            return_lse=True,
-            pack_gqa=False,
-            **_sparse(one, bits, q, k),
-        )
-        return out, lse
-
-    def _gradients(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        one: Padded,
-        bits: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = flash4.interface()._flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=scale, **_sparse(one, bits, q, k)
-        )
+            for x, into in zip(found, (dk, dv), strict=True):
+                copies.put(x, 1, into)
         return dq, dk, dv
 
 
-def _padded(q: Tensor, k: Tensor, mask: Mask) -> PaddedTables | None:
-    tables = of(mask).tables(q.device)
-    if tables.q.total != q.shape[1] or tables.kv.total != k.shape[1]:
-        return None  # some rows hold nothing
-    return tables.padded
+def _parts(tables: Tables, q: Tensor, k: Tensor) -> list[tuple[Padded, Copies | None]] | None:
+    """The lists of keys, if the package takes all of them."""
+    found = []
+    for part, copies in tables.parts[1]:
+        keys = k.shape[1] if copies is None else len(copies.rows)
+        padded = _padded(part, 1, q.shape[1], keys)
+        if padded is None:
+            return None
+        found.append((padded, copies))
+    return found
 
 
-def _inside(one: Padded, x: Tensor) -> Tensor:
-    """The rows that x has: its last tile may be smaller."""
-    assert one.rows is not None
-    return one.rows[one.rows < x.shape[1]]
+def _padded(tables: Tables, side: int, nq: int, nk: int) -> Padded | None:
+    if (tables.q.total, tables.kv.total) != (nq, nk):
+        return None  # some rows are in no piece
+    return tables.padded[side]
 
 
-def _sparse(one: Padded, bits: Tensor, q: Tensor, k: Tensor) -> dict[str, Any]:
+def _sparse(lists: Padded, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What the package is told of the lists, for each head of queries."""
     group = q.shape[2] // k.shape[2]
 
     def spread(x: Tensor) -> Tensor:
         return x.repeat_interleave(group, 1) if x.shape[1] > 1 else x
 
-    lists = _lists()(
-        spread(one.partial_count),
-        spread(one.partial),
-        spread(one.full_count),
-        spread(one.full),
-        block_size=(TILE, TILE),
-    )
-    slots = spread(one.slots).expand(q.shape[0], q.shape[2], -1, -1)
+    slots = spread(lists.slots).expand(q.shape[0], q.shape[2], -1, -1)
     return {
-        "block_sparse_tensors": lists,
+        "block_sparse_tensors": _lists()(
+            spread(lists.partial_count),
+            spread(lists.partial),
+            spread(lists.full_count),
+            spread(lists.full),
+            block_size=(TILE, TILE),
+        ),
         "mask_mod": _mask(),
-        "aux_tensors": [slots, bits.view(-1)],
+        "aux_tensors": [slots, lists.bits.view(-1)],
     }
 
 

@@ -63,11 +63,11 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
         plain = stop  # what is behind the end of a piece must be masked
     largest, total, summed = _meet(
         largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, True,
+        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, True,
     )  # fmt: skip
     largest, total, summed = _meet(
         largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, False,
+        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, False,
     )  # fmt: skip
     seen = total > 0
     summed = summed / tl.where(seen, total, 1.0)[:, None]
@@ -82,8 +82,8 @@ def _meet(  # type: ignore[no-untyped-def]
     largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
     x, begin, end, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
-    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Go on with pairs ``begin`` to ``end`` of a list: FlashAttention-2's online softmax."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
@@ -93,7 +93,7 @@ def _meet(  # type: ignore[no-untyped-def]
         keys = _tile(k, k_strides, row, there, BN, D, PD, MASKED)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         if MASKED:
-            shown = _shown(lists, bits, pair, x[:, None], y[None, :], LARGEST_Q, LARGEST_KV, WORDS)
+            shown = _shown(lists, bits, pair, x, y, LARGEST_Q, WORDS, BM, BN, False)
             scores = tl.where(shown & there[None, :], scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         # exp2(-inf - -inf) is NaN; against 0 it is the 0 that a row weighs which saw nothing yet.
@@ -175,11 +175,11 @@ def query_gradients(  # type: ignore[no-untyped-def]
         plain = stop  # exp(0 - lse) of what is behind a piece's end may be inf, and times 0 NaN
     summed = _query_gradients(
         summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, True,
+        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, True,
     )  # fmt: skip
     summed = _query_gradients(
         summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BN, False,
+        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, False,
     )  # fmt: skip
     _store(dq, dq_strides, b, h, rows, inside, summed * scale, D, PD)
 
@@ -189,8 +189,8 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
     x, begin, end, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
-    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what pairs ``begin`` to ``end`` of a list give."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
@@ -202,7 +202,7 @@ def _query_gradients(  # type: ignore[no-untyped-def]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(scores - sums[:, None])
         if MASKED:
-            shown = _shown(lists, bits, pair, x[:, None], y[None, :], LARGEST_Q, LARGEST_KV, WORDS)
+            shown = _shown(lists, bits, pair, x, y, LARGEST_Q, WORDS, BM, BN, False)
             weights = tl.where(shown & there[None, :], weights, 0.0)
         d_weights = tl.dot(d_out, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights - less[:, None])
@@ -263,12 +263,12 @@ def key_gradients(  # type: ignore[no-untyped-def]
         d_keys, d_values = _key_gradients(
             d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
             lse_strides, delta_strides, lists, bits, q_pieces, b, head, y, start, plain, scale,
-            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, True,
+            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, True,
         )  # fmt: skip
         d_keys, d_values = _key_gradients(
             d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
             lse_strides, delta_strides, lists, bits, q_pieces, b, head, y, plain, stop, scale,
-            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, False,
+            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, False,
         )  # fmt: skip
     _store(dk, dk_strides, b, h, rows, there, d_keys * scale, D, PD)
     _store(dv, dv_strides, b, h, rows, there, d_values, DV, PDV)
@@ -279,8 +279,8 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
     lse_strides, delta_strides, lists, bits, q_pieces, b, h, y, begin, end, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
-    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr,
-    MASKED: tl.constexpr,
+    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what pairs ``begin`` to ``end`` of a list give. Queries behind a piece's end weigh 0."""
     PARTS: tl.constexpr = (LARGEST_Q + BM - 1) // BM
@@ -296,7 +296,7 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(scores - sums[None, :])
         if MASKED:
-            shown = _shown(lists, bits, pair, x[None, :], y[:, None], LARGEST_Q, LARGEST_KV, WORDS)
+            shown = _shown(lists, bits, pair, x, y, LARGEST_Q, WORDS, BM, BN, True)
             weights = tl.where(shown, weights, 0.0)
         d_out = _tile(dout, dout_strides, row, inside, BM, DV, PDV, MASKED)
         d_values = tl.dot(weights.to(d_out.dtype), d_out, d_values, input_precision="ieee")
@@ -339,13 +339,29 @@ def _list(lists, layers, b, h, pieces, piece):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _shown(  # type: ignore[no-untyped-def]
     lists, bits, pair, x, y,
-    LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
+    LARGEST_Q: tl.constexpr, WORDS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Whether rows x of a pair's queries see rows y of its keys."""
+    """Whether rows x of a pair's queries see rows y of its keys: [BM, BN], or [BN, BM].
+
+    y are BN rows from a multiple of BN on. A word is read once for all keys that it speaks of.
+    """
     number = tl.load(lists[3] + pair)
-    at = number.to(tl.int64) * (LARGEST_Q * WORDS) + x * WORDS + y // 32
-    inside = (number >= 0) & (x < LARGEST_Q) & (y < LARGEST_KV)
-    return (tl.load(bits + at, inside, other=-1) >> (y % 32)) & 1 != 0
+    bits += number.to(tl.int64) * (LARGEST_Q * WORDS)
+    WIDE: tl.constexpr = BN if BN < 32 else 32
+    words = tl.min(y, 0) // 32 + tl.arange(0, BN // WIDE)
+    rows, masked = x < LARGEST_Q, (words < WORDS) & (number >= 0)
+    if KEYS_FIRST:
+        at, there = x[None, :] * WORDS + words[:, None], rows[None, :] & masked[:, None]
+        found = tl.load(bits + at, there, other=-1)[:, None, :]
+        found = tl.reshape(tl.broadcast_to(found, (BN // WIDE, WIDE, BM)), (BN, BM))
+        shown = found >> (y % 32)[:, None] & 1 != 0
+    else:
+        at, there = x[:, None] * WORDS + words[None, :], rows[:, None] & masked[None, :]
+        found = tl.load(bits + at, there, other=-1)[:, :, None]
+        found = tl.reshape(tl.broadcast_to(found, (BM, BN // WIDE, WIDE)), (BM, BN))
+        shown = found >> (y % 32)[None, :] & 1 != 0
+    return shown
 
 
 @triton.jit  # type: ignore[untyped-decorator]

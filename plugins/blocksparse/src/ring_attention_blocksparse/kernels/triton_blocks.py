@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ring_attention_blocksparse.kernels.parts import Part
 from ring_attention_blocksparse.mask import BlockMask, join, of
 from ring_attention_blocksparse.tables import Lists, Pieces, Tables
 from ring_core.dropout import Dropout
@@ -51,14 +52,23 @@ class TritonBlocks:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, dropout: Dropout | None
     ) -> tuple[Tensor, Tensor]:
+        q, k, v = (_dense(x) for x in (q, k, v))
+        (first, _), *cut = _parts(mask, q.device, 0)
+        out, lse = self.attend(q, k, v, first, scale)
+        for tables, copies in cut:
+            assert copies is not None
+            copies.merge(out, lse, *self.attend(q[:, copies.rows], k, v, tables, scale))
+        return out, lse
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse by the lists of queries."""
         from ring_attention_blocksparse.kernels import programs
 
-        tables = of(mask).tables(q.device)
-        q, k, v = (_dense(x) for x in (q, k, v))
-        shape = *q.shape[:3], v.shape[-1]
         # Rows in no piece see nothing.
         fresh = torch.empty if _covers(tables.q, q.shape[1]) else torch.zeros
-        out = fresh(shape, dtype=q.dtype, device=q.device)
+        out = fresh(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
         if fresh is torch.zeros:
             lse.fill_(-torch.inf)
@@ -96,63 +106,109 @@ class TritonBlocks:
         dropout: Dropout | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
+        delta = _deltas(dout, out)
+        (first, _), *cut = _parts(mask, q.device, 0)
+        dq = self._of_queries(dout, q, k, v, lse, delta, first, scale)
+        for tables, copies in cut:
+            assert copies is not None
+            rows = copies.rows
+            some = dout[:, rows], q[:, rows], k, v, lse[:, :, rows], delta[:, :, rows]
+            copies.put(self._of_queries(*some, tables, scale), 1, dq)
+        (first, _), *cut = _parts(mask, q.device, 1)
+        dk, dv = self._of_keys(dout, q, k, v, lse, delta, first, scale)
+        for tables, copies in cut:
+            assert copies is not None
+            rows = copies.rows
+            found = self._of_keys(dout, q, k[:, rows], v[:, rows], lse, delta, tables, scale)
+            for x, into in zip(found, (dk, dv), strict=True):
+                copies.put(x, 1, into)
+        return dq, dk, dv
+
+    def _of_queries(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        tables: Tables,
+        scale: float,
+    ) -> Tensor:
+        """dq by the lists of queries."""
         from ring_attention_blocksparse.kernels import programs
 
-        tables = of(mask).tables(q.device)
-        dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
-        heads, kv_heads = q.shape[2], k.shape[2]
-        sizes = _Sizes.of(tables, q, k, v)
-        delta = torch.empty(q.shape[0], heads, q.shape[1], device=q.device)
-        dq, dk, dv = (
-            (torch.empty if _covers(pieces, x.shape[1]) else torch.zeros)(
-                x.shape, dtype=x.dtype, device=x.device
-            )
-            for x, pieces in ((q, tables.q), (k, tables.kv), (v, tables.kv))
-        )
+        inputs, by = (dout, q, k, v, lse, delta), _Sizes.of(tables, q, k, v).queries
+        dq = _fresh(q, tables.q)
         with _on(q.device):
-            programs.deltas[(-(-q.shape[1] // 64), q.shape[0] * heads)](
-                dout,
-                out,
-                delta,
-                dout.stride(),
-                out.stride(),
-                q.shape[1],
-                heads,
-                v.shape[-1],
-                _power(v.shape[-1]),
-                64,
-            )
-            inputs = dout, q, k, v, lse, delta
-            by = sizes.queries
-            programs.query_gradients[by.grid(tables.q, by.rows_q, q.shape[0] * heads)](
+            programs.query_gradients[by.grid(tables.q, by.rows_q, q.shape[0] * q.shape[2])](
                 *inputs,
                 dq,
                 *(x.stride() for x in (*inputs, dq)),
                 *_tables(tables, tables.by_query),
                 len(tables.q),
-                heads,
-                heads // kv_heads,
+                q.shape[2],
+                q.shape[2] // k.shape[2],
                 _layers(tables),
                 scale,
                 **by.constants,
                 **by.options,
             )
-            by = sizes.keys
-            programs.key_gradients[by.grid(tables.kv, by.rows_kv, q.shape[0] * kv_heads)](
+        return dq
+
+    def _of_keys(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        tables: Tables,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """dk and dv by the lists of keys."""
+        from ring_attention_blocksparse.kernels import programs
+
+        inputs, by = (dout, q, k, v, lse, delta), _Sizes.of(tables, q, k, v).keys
+        dk, dv = (_fresh(x, tables.kv) for x in (k, v))
+        with _on(q.device):
+            programs.key_gradients[by.grid(tables.kv, by.rows_kv, q.shape[0] * k.shape[2])](
                 *inputs,
                 dk,
                 dv,
                 *(x.stride() for x in (*inputs, dk, dv)),
                 *_tables(tables, tables.by_key),
                 len(tables.kv),
-                kv_heads,
-                heads // kv_heads,
+                k.shape[2],
+                q.shape[2] // k.shape[2],
                 _layers(tables),
                 scale,
                 **by.constants,
                 **by.options,
             )
-        return dq, dk, dv
+        return dk, dv
+
+
+def _parts(mask: Mask, device: torch.device, side: int) -> tuple[Part, ...]:
+    tables = of(mask).tables(device)
+    if isinstance(mask, BlockMask):
+        return tables.parts[side]
+    return (Part(tables, None),)  # to look for long lists would be to wait for what was chosen
+
+
+def _deltas(dout: Tensor, out: Tensor) -> Tensor:
+    """Sums of dout * out over the head size: float32 [B, H, S]."""
+    from ring_attention_blocksparse.kernels import programs
+
+    batch, rows, heads, size = out.shape
+    delta = torch.empty(batch, heads, rows, device=out.device)
+    with _on(out.device):
+        programs.deltas[(-(-rows // 64), batch * heads)](
+            dout, out, delta, dout.stride(), out.stride(), rows, heads, size, _power(size), 64
+        )
+    return delta
 
 
 @dataclass(frozen=True)
@@ -242,6 +298,12 @@ def _layers(tables: Tables) -> tuple[int, int]:
 
 def _covers(pieces: Pieces, rows: int) -> bool:
     return pieces.total == rows
+
+
+def _fresh(x: Tensor, pieces: Pieces) -> Tensor:
+    """Memory like x; 0 where rows are in no piece."""
+    make = torch.empty if _covers(pieces, x.shape[1]) else torch.zeros
+    return make(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _dense(x: Tensor) -> Tensor:
