@@ -51,7 +51,8 @@ def compare(kernel, fields, length, documents=None, *, dim=16, value_dim=16, dty
         for one, into in ((kernel, found), (Eager(), expected)):
             into += one.backward(dout[:, rows], *inputs, *rest, **options, deterministic=False)
         for x, y in zip(found, expected, strict=True):
-            assert (x.to(y.dtype) - y).abs().max() < bound
+            most = y.abs().max().clamp_min(8) / 8  # sums over thousands of tokens are large
+            assert (x.to(y.dtype) - y).abs().max() < bound * most
 
 
 def blocks(*patterns, block_q=16, block_kv=16, **fields):

@@ -32,7 +32,7 @@ class Flash4Blocks(TritonBlocks):
     priority = 30
 
     def refuse(self, problem: Problem) -> str | None:
-        if reason := super().refuse(problem) or flash4.missing():
+        if reason := super().refuse(problem) or flash4.missing("blocksparse"):
             return reason
         if torch.cuda.get_device_capability(problem.device) != (9, 0):
             return "needs compute capability 9.0 (Hopper)"

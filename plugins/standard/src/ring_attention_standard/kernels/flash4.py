@@ -28,7 +28,7 @@ class Flash4(Rectangles):
     joins = True
 
     def refuse(self, problem: Problem) -> str | None:
-        return missing() or super().refuse(problem)
+        return missing("standard") or super().refuse(problem)
 
     def is_triangle(self, nq: int, nk: int, band: Band) -> bool:
         return band.lo is None and band.hi == nk - nq
@@ -88,13 +88,13 @@ def _lengths(ends: Ends | None) -> dict[str, Any]:
 
 
 @cache
-def missing() -> str | None:
-    """What to do about the package if it is not there."""
+def missing(plugin: str) -> str | None:
+    """What to do about the package if it is not there, for the extra of a plugin."""
     try:
         found = find_spec("flash_attn.cute") is not None
     except ImportError:
         found = False
-    return None if found else "needs flash-attn-4: pip install ring-attention-standard[flash4]"
+    return None if found else f"needs flash-attn-4: pip install ring-attention-{plugin}[flash4]"
 
 
 @cache
