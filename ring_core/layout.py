@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ring_core.order import Order
+
 
 EVEN = 1.05
 """Up to this imbalance ``auto`` keeps the layout that moves the least data."""
@@ -21,12 +23,13 @@ class Layout:
     """Ownership of ``length`` tokens by the ranks of a group.
 
     ``rows[r]`` are rank r's tokens in the order in which it holds them: ranges
-    ``start, start+step, ...`` of global indices. Every token is owned once. Shards are padded at
-    their end to one :attr:`size`.
+    ``start, start+step, ...`` of global indices; of places, if the sequence was first laid out in
+    an ``order``. Every token is owned once. Shards are padded at their end to one :attr:`size`.
     """
 
     length: int
     rows: tuple[tuple[range, ...], ...]
+    order: Order | None = None
 
     @property
     def world(self) -> int:
@@ -52,6 +55,8 @@ class Layout:
             filled = 0
             for run in self.rows[rank]:
                 tokens = torch.arange(run.start, run.stop, run.step, device="cpu")
+                if self.order is not None:
+                    tokens = self.order.tokens()[tokens]
                 positions[filled : filled + len(run)] = tokens
                 filled += len(run)
         return positions

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from ring_attention_blocksparse.mask import Choice
-from ring_attention_blocksparse.pairs import active, admitted_count
+from ring_attention_blocksparse.pairs import (
+    Span,
+    active,
+    admitted_count,
+    visible_block,
+    visible_count,
+)
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.planner import BlockPlan, Part
-from ring_attention_blocksparse.scene import Scene
+from ring_attention_blocksparse.scene import Scene, ragged
 from ring_attention_blocksparse.tables import Pieces
 from ring_core.exchange import Exchange
 from ring_core.layout import Layout
@@ -122,8 +128,11 @@ def _pooled(
         for index, (theirs,) in zip(held, found, strict=True):
             total.index_add_(1, index, theirs)
     first = torch.arange(count, device=x.device) * size
-    tokens = (stops[:, None] - first).clamp(0, size).clamp_min(1) * x.shape[3]
-    means: Tensor = total / tokens[:, :, None, None]
+    tokens, there = Span(first, first.new_full((count,), layout.length - 1), size).tokens(
+        layout.order
+    )
+    held_by = (there & (tokens < stops[:, None, None])).sum(2).clamp_min(1) * x.shape[3]
+    means: Tensor = total / held_by[:, :, None, None]
     return means
 
 
@@ -142,7 +151,7 @@ def _sums(layout: Layout, size: int, x: Tensor, stops: Tensor, rank: int) -> Ten
     step = max(1, _ELEMENTS // (pieces.largest * x[:, 0].numel()))
     for some in torch.split(torch.arange(len(pieces), device=x.device), step):
         rows, there = pieces.rows(some)
-        tokens, _ = pieces.span(some).tokens()
+        tokens, _ = pieces.span(some).tokens(layout.order)
         valid = there & (tokens < stops[:, None, None])
         chosen = x[:, rows].masked_fill(~valid[..., None, None, None], 0)  # padding may be NaN
         total.index_add_(1, target[some], chosen.sum((2, 4), dtype=torch.float64))
@@ -183,11 +192,12 @@ def _scores(scene: Scene, index: Tensor, queries: Tensor, keys: Tensor) -> Tenso
     found = torch.einsum("bnkd,bjkd->bknj", queries[:, index].double(), keys.double())
     found = found.to(queries.dtype)
     q = scene.blocks(index)
-    low, high = scene.visible(q)
     block = torch.arange(scene.key_blocks, device=index.device)
     own_first, own_last = scene.own(q)
     own = (own_first[:, None] <= block) & (block <= own_last[:, None])
-    hidden = (block < low[:, None]) | (block > high[:, None])
+    query, place = ragged(visible_count(scene, q))
+    hidden = torch.ones_like(own)
+    hidden[query, visible_block(scene, q, query, place)] = False
     return found.masked_fill(own, torch.inf).masked_fill(hidden, -torch.inf)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +13,13 @@ from ring_attention_blocksparse.patterns import Natural, Pattern, Positive
 if TYPE_CHECKING:
     from typing import Self
 
+    import torch
     from torch import Tensor
 
     from ring_attention_blocksparse.scene import Blocks, Reach, Scene
+    from ring_core.order import Order
+
+    _Side = tuple[Tensor, Tensor]
 
 
 class GridPattern(Pattern):
@@ -44,15 +49,17 @@ class GridPattern(Pattern):
 
     def check(self, scene: Scene) -> str | None:
         assert self.grid is not None  # configs see to that
-        if prod(self.grid) != scene.length:
+        if prod(self.grid) + scene.prefix != scene.length:
+            before = f" behind the prefix={scene.prefix}" if scene.prefix else ""
             return (
                 f"grid={self.grid} has {prod(self.grid)} cells, and the sequence has "
-                f"{scene.length} tokens"
+                f"{scene.length - scene.prefix} tokens{before}"
             )
         return None
 
     def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
-        found = i == i
+        i, j = i - scene.prefix, j - scene.prefix
+        found = (i >= 0) & (j >= 0)
         for axis in self.axes:
             low, high = self.seen(axis, *[self._along(axis, i)] * 2)
             there = self._along(axis, j)
@@ -65,7 +72,7 @@ class GridPattern(Pattern):
         from ring_attention_blocksparse.scene import Reach, ragged
 
         assert self.grid is not None
-        box = self._box(q.first, q.last)
+        box, cells = self._boxes(scene, q.index, scene.block_q)
         sides = [
             (low.clamp_min(0), high.clamp_max(size - 1))
             for size, (low, high) in zip(
@@ -73,7 +80,7 @@ class GridPattern(Pattern):
             )
         ]
         # A run of tokens for each line of the box that is seen; the last axis goes along the line.
-        lines = torch.ones_like(q.first)
+        lines = (cells > 0).long()
         for low, high in sides[:-1]:
             lines = lines * (high - low + 1).clamp_min(0)
         query, place = ragged(lines)
@@ -82,15 +89,16 @@ class GridPattern(Pattern):
             extent = (high - low + 1)[query]
             start = start + (low[query] + place % extent) * scale
             place, scale = place // extent, scale * size
-        start = start * self.grid[-1]
+        start = start * self.grid[-1] + scene.prefix
         found = scene.between(q, query, start + sides[-1][0][query], start + sides[-1][1][query])
         # Of a block that is a box, each cell that is seen is seen by some query.
-        cells = torch.ones_like(q.first)
+        volume = torch.ones_like(cells)
         for low, high in box:
-            cells = cells * (high - low + 1)
-        is_box = cells == q.last - q.first + 1
-        theirs = self._box(*scene.keys(found.block))
-        whole = torch.ones_like(found.some)
+            volume = volume * (high - low + 1)
+        is_box = volume == cells
+        theirs, count = self._boxes(scene, found.block, scene.block_kv)
+        whole = (cells == _size(scene, q.index, scene.block_q))[found.query]
+        whole &= count == _size(scene, found.block, scene.block_kv)
         for axis in self.axes:
             mine = [x[found.query] for x in box[axis]]
             for coordinate in mine:  # what the first and the last see, those between see too
@@ -98,12 +106,24 @@ class GridPattern(Pattern):
                 whole &= (low <= theirs[axis][0]) & (theirs[axis][1] <= high)
         return Reach(found.query, found.block, whole, is_box[found.query])
 
+    def _boxes(self, scene: Scene, block: Tensor, size: int) -> tuple[list[_Side], Tensor]:
+        """For blocks of ``size`` places: for each axis their cells' least and largest coordinate;
+        and how many cells they hold."""
+        assert self.grid is not None
+        if scene.order is None:
+            first, count = block * size - scene.prefix, _size(scene, block, size)
+            cells = (first + count).clamp_min(0).minimum(count)
+            last = (first + count - 1).clamp_min(0)
+            return self._box(first.clamp_min(0), last), cells
+        sides, cells = _boxes_in(scene.order, scene.prefix, self.grid, size, block.device)
+        return [(low[block], high[block]) for low, high in sides], cells[block]
+
     def _along(self, axis: int, token: Tensor) -> Tensor:
         """The tokens' coordinate."""
         assert self.grid is not None
         return token // prod(self.grid[axis + 1 :]) % self.grid[axis]
 
-    def _box(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _box(self, first: Tensor, last: Tensor) -> list[_Side]:
         """For each axis the least and the largest coordinate of tokens ``first`` to ``last``."""
         import torch
 
@@ -155,6 +175,29 @@ class WindowBlocks(GridPattern):
             (x - shift).div(size, rounding_mode="floor") * size + shift for x in (low, high)
         )
         return first, last + size - 1
+
+
+def _size(scene: Scene, block: Tensor, size: int) -> Tensor:
+    """How many tokens blocks of ``size`` places hold."""
+    return (scene.length - block * size).clamp_max(size)
+
+
+@lru_cache(maxsize=32)
+def _boxes_in(
+    order: Order, prefix: int, grid: tuple[int, ...], size: int, device: torch.device
+) -> tuple[list[_Side], Tensor]:
+    """What :meth:`GridPattern._boxes` gives, of all blocks of an order."""
+    import torch
+
+    with torch.inference_mode(False):
+        cells = order.tokens(device) - prefix
+        cells = torch.nn.functional.pad(cells, (0, -len(cells) % size), value=-1).view(-1, size)
+        none, sides = cells < 0, []
+        for axis, extent in enumerate(grid):
+            at = cells // prod(grid[axis + 1 :]) % extent
+            low, high = at.masked_fill(none, extent), at.masked_fill(none, -1)
+            sides.append((low.amin(1), high.amax(1)))
+        return sides, (~none).sum(1)
 
 
 def _at(given: int | tuple[int, ...], axis: int) -> int:

@@ -10,9 +10,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ring_attention_blocksparse.pairs import admitted
+from ring_attention_blocksparse.pairs import admitted, visible_block, visible_count
 from ring_attention_blocksparse.patterns import Pattern
-from ring_attention_blocksparse.scene import Blocks, Reach, Scene
+from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
 from ring_attention_blocksparse.tables import FULL, Bits, Pairs, Pieces, Tables, pairs_of
 from ring_core.masks import Mask
 from ring_core.plan import Tile
@@ -40,7 +40,7 @@ class BlockMask(Mask):
 
     Attributes:
         patterns: those that the tile's heads have. heads: those heads, as global KV heads.
-        q, kv: the tokens, by runs of the tile's rows and keys.
+        q, kv: the tokens, or their places, by runs of the tile's rows and keys.
     """
 
     scene: Scene
@@ -161,6 +161,8 @@ class _Edges(Pattern):
     kind: str = "edges"
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        if scene.order is not None:
+            return _cut(scene, q)
         each = torch.arange(len(q.index), device=q.device)
         low, high = scene.visible(q)
         last_lo, _ = scene.bounds(q.last.clamp_max(scene.stop - 1))
@@ -180,6 +182,15 @@ class _Edges(Pattern):
         return i == i
 
 
+def _cut(scene: Scene, q: Blocks) -> Reach:
+    """Of the visible blocks of an order those that the mask may cut."""
+    query, place = ragged(visible_count(scene, q) if not scene.is_open else q.index * 0)
+    block = visible_block(scene, q, query, place)
+    clear = admitted(scene, q.first[query], q.last[query], *scene.keys(block))
+    never = torch.zeros_like(clear.whole)
+    return Reach(query, block, never, never).where(~clear.whole)
+
+
 @dataclass(frozen=True)
 class _Static:
     """What a mask's tables start from: pieces, the pairs of each head or of all alike, and where
@@ -196,7 +207,7 @@ class _Static:
         """The mask's number for pairs of pieces of which a pattern shows all: :data:`FULL`, or less
         where the mask lets nothing through."""
         q, kv = self.q, self.kv
-        clear = admitted(self.scene, q.token[x], q.last[x], kv.token[y], kv.last[y])
+        clear = admitted(self.scene, q.first[x], q.last[x], kv.first[y], kv.last[y])
         number = torch.where(clear.whole, FULL, FULL - 1)
         if not len(self.edges.q):
             return number
@@ -209,8 +220,8 @@ class _Static:
 @lru_cache(maxsize=256)
 def _static(mask: BlockMask, device: torch.device) -> _Static:
     scene, patterns = mask.scene, mask.patterns
-    q = Pieces.of(mask.q, scene.block_q, device)
-    kv = Pieces.of(mask.kv, scene.block_kv, device)
+    q = Pieces.of(mask.q, scene.block_q, device, scene.order)
+    kv = Pieces.of(mask.kv, scene.block_kv, device, scene.order)
     bits = Bits(q, kv)
     heads = mask.heads if any(pattern.varies for pattern in patterns) else mask.heads[:1]
     found = [pairs_of(scene, patterns, head, q, kv, bits) for head in heads]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
+from ring_core.order import Order
 
 PAIRS = 1 << 24
 """Pairs of tokens looked at together: a few tensors of that many numbers."""
@@ -49,7 +50,8 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
     found = candidates(scene, patterns, q, head)
     key_first, key_last = scene.keys(found.block)
     clear = admitted(scene, q.first[found.query], q.last[found.query], key_first, key_last)
-    sure = (found.whole & clear.some) | (found.some & clear.whole)
+    surely = clear.some if scene.order is None else clear.whole
+    sure = (found.whole & surely) | (found.some & clear.whole)
     doubtful = (~sure & clear.some).nonzero().squeeze(1)
     kept = sure.clone()
     step = max(1, PAIRS // (scene.block_q * scene.block_kv))
@@ -58,8 +60,8 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
             seen(
                 scene,
                 patterns,
-                Span(q.first[found.query[some]], q.last[found.query[some]], scene.block_q),
-                Span(key_first[some], key_last[some], scene.block_kv),
+                Span.of(scene, q.index[found.query[some]], scene.block_q),
+                Span.of(scene, found.block[some], scene.block_kv),
                 found.whole[some],
             )
             .flatten(1)
@@ -70,11 +72,54 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
     return Active(torch.cat([count.new_zeros(1), count.cumsum(0)]), found.block)
 
 
+def visible_count(scene: Scene, q: Blocks) -> Tensor:
+    """[n]: how many key blocks the mask lets each of some query blocks see some token of."""
+    if scene.order is None or scene.is_open:
+        low, high = scene.visible(q)
+        return (high - low + 1).clamp_min(0)
+    return _visible(scene).count().to(q.device)[q.index]
+
+
+def visible_block(scene: Scene, q: Blocks, query: Tensor, place: Tensor) -> Tensor:
+    """Of the key blocks that a query block sees some token of that at ``place``, ascending.
+
+    Args:
+        query: places in ``q``.
+    """
+    if scene.order is None or scene.is_open:
+        return scene.visible(q)[0][query] + place
+    known = _visible(scene)
+    start, block = (x.to(q.device) for x in (known.start, known.block))
+    return block[start[q.index[query]] + place]
+
+
+@lru_cache(maxsize=16)
+def _visible(scene: Scene) -> Active:
+    """Pairs of blocks of which the mask lets some pair of tokens through, in an order."""
+    blocks, counts = [], []
+    queries = torch.arange(scene.query_blocks, device="cpu")
+    for index in torch.split(queries, max(1, PAIRS // scene.key_blocks)):
+        q = scene.blocks(index)
+        query = torch.arange(len(index), device="cpu").repeat_interleave(scene.key_blocks)
+        block = torch.arange(scene.key_blocks, device="cpu").repeat(len(index))
+        clear = admitted(scene, q.first[query], q.last[query], *scene.keys(block))
+        kept = clear.whole.clone()
+        doubtful = (~clear.whole & clear.some).nonzero().squeeze(1)
+        for some in torch.split(doubtful, max(1, PAIRS // (scene.block_q * scene.block_kv))):
+            mine = Span.of(scene, index[query[some]], scene.block_q)
+            theirs = Span.of(scene, block[some], scene.block_kv)
+            whole = torch.ones_like(some, dtype=torch.bool)
+            kept[some] = seen(scene, (), mine, theirs, whole).flatten(1).any(1)
+        counts.append(kept.view(len(index), -1).sum(1))
+        blocks.append(block[kept])
+    count = torch.cat(counts)
+    return Active(torch.cat([count.new_zeros(1), count.cumsum(0)]), torch.cat(blocks))
+
+
 @lru_cache(maxsize=128)
 def admitted_count(scene: Scene) -> Tensor:
     """[query blocks]: how many key blocks the mask lets each of them see some token of."""
-    low, high = scene.visible(scene.blocks(torch.arange(scene.query_blocks, device="cpu")))
-    return (high - low + 1).clamp_min(0)
+    return visible_count(scene, scene.blocks(torch.arange(scene.query_blocks, device="cpu")))
 
 
 def candidates(scene: Scene, patterns: Sequence[Pattern], q: Blocks, head: int) -> Reach:
@@ -97,7 +142,7 @@ def candidates(scene: Scene, patterns: Sequence[Pattern], q: Blocks, head: int) 
 
 @dataclass(frozen=True)
 class Admitted:
-    """What the mask lets through between runs of tokens: bool, ``whole`` surely all of it, and
+    """What the mask lets through between sets of tokens: bool, ``whole`` surely all of it, and
     ``some`` where it may be a part."""
 
     whole: Tensor
@@ -107,7 +152,8 @@ class Admitted:
 def admitted(
     scene: Scene, q_first: Tensor, q_last: Tensor, key_first: Tensor, key_last: Tensor
 ) -> Admitted:
-    """For pairs of runs of tokens, whose queries are all in documents or behind the last one."""
+    """For pairs of sets of tokens, by the first and the last, whose queries are all in documents or
+    behind the last one."""
     (first_lo, first_hi), (last_lo, last_hi) = scene.bounds(q_first), scene.bounds(q_last)
     whole = (last_lo <= key_first) & (key_last <= first_hi)
     inside = scene.stop > q_last
@@ -117,28 +163,35 @@ def admitted(
 
 @dataclass(frozen=True)
 class Span:
-    """Runs of tokens: ``first`` to ``last`` [n] in steps [n] or 1, at most ``size`` of them."""
+    """Runs of places: ``first`` to ``last`` [n] in steps [n] or 1, at most ``size`` of them."""
 
     first: Tensor
     last: Tensor
     size: int
     step: Tensor | int = 1
 
-    def tokens(self) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def of(scene: Scene, index: Tensor, size: int) -> Span:
+        """Some blocks of ``size`` places."""
+        first = index * size
+        return Span(first, (first + size - 1).clamp_max(scene.length - 1), size)
+
+    def tokens(self, order: Order | None = None) -> tuple[Tensor, Tensor]:
         """[n, size]: the tokens, and whether there is one."""
         place = torch.arange(self.size, device=self.first.device)
         step = self.step if isinstance(self.step, int) else self.step[:, None]
-        tokens = self.first[:, None] + place * step
-        return tokens, tokens <= self.last[:, None]
+        places = self.first[:, None] + place * step
+        there = places <= self.last[:, None]
+        return (places if order is None else order.tokens(places.device)[places * there]), there
 
 
 def seen(scene: Scene, patterns: Sequence[Pattern], q: Span, kv: Span, whole: Tensor) -> Tensor:
-    """Which query sees which key in pairs of runs of tokens: bool [n, q.size, kv.size].
+    """Which query sees which key in pairs of runs of places: bool [n, q.size, kv.size].
 
     Args:
         whole: bool [n], where some pattern shows all.
     """
-    (i, there_i), (j, there_j) = q.tokens(), kv.tokens()
+    (i, there_i), (j, there_j) = q.tokens(scene.order), kv.tokens(scene.order)
     i, j = i[:, :, None], j[:, None, :]
     found = whole[:, None, None].expand(-1, q.size, kv.size)
     for pattern in patterns:

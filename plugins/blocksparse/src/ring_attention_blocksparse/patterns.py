@@ -183,10 +183,14 @@ class GlobalTokens(Pattern):
             device=q.device,
         )
         each = torch.arange(len(q.index), device=q.device)
-        inside = torch.searchsorted(ids, q.last, right=True) > torch.searchsorted(ids, q.first)
+        places = scene.places(ids)
+        inside = torch.isin(q.index, places // scene.block_q)
         first = torch.zeros_like(each[inside])
         rows = scene.between(q, each[inside], first, first + scene.length - 1)
-        columns = torch.unique(ids // scene.block_kv) * scene.block_kv
+        # One token of each key block that holds some.
+        held = torch.full((scene.key_blocks,), -1, device=q.device)
+        held[places // scene.block_kv] = ids
+        columns = held[held >= 0]
         query, columns = each.repeat_interleave(len(columns)), columns.repeat(len(each))
         return Reach.together([rows, scene.between(q, query, columns, columns)])
 

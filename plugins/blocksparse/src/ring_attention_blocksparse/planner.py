@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ring_attention_blocksparse.config import BlockSparseConfig
 from ring_attention_blocksparse.mask import BlockMask
-from ring_attention_blocksparse.pairs import active, admitted_count
+from ring_attention_blocksparse.pairs import active, admitted_count, visible_block, visible_count
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
 from ring_core.config import LayoutName
@@ -126,7 +126,7 @@ class BlockPlan(Plan):
         for part in self.parts[:1]:
             scene, (heads, *_) = part.scene, self.classes() or [range(1)]
             mine, theirs = (
-                _blocks_of(_inside(runs_of(layout, peer), scene.stop), size)
+                _blocks_of(_inside(runs_of(layout, peer), scene), size)
                 for layout, peer, size in (
                     (self.queries, rank, scene.block_q),
                     (self.keys, owner, scene.block_kv),
@@ -172,9 +172,9 @@ class BlockPlan(Plan):
         """Key blocks that some query blocks may see: places in ``index``, and blocks."""
         patterns = self.of_head(heads[0])
         if any(pattern.chosen for pattern in patterns):
-            low, high = scene.visible(scene.blocks(index))
-            query, place = ragged((high - low + 1).clamp_min(0))
-            return query, low[query] + place
+            q = scene.blocks(index)
+            query, place = ragged(visible_count(scene, q))
+            return query, visible_block(scene, q, query, place)
         each = heads if any(pattern.varies for pattern in patterns) else heads[:1]
         found = [active(scene, patterns, head).of(index) for head in each]
         if len(found) == 1:
@@ -210,7 +210,7 @@ class BlockPlan(Plan):
         kv, kv_runs = theirs
         for part in self.parts:
             scene = part.scene
-            seen_keys = _inside(kv_runs, scene.stop)
+            seen_keys = _inside(kv_runs, scene)
             blocks = _blocks_of(seen_keys, scene.block_kv)
             for q_runs in _clusters(self, part, heads, rank, blocks):
                 first, last = q_runs[0].row, q_runs[-1].row + len(q_runs[-1].tokens)
@@ -340,10 +340,18 @@ def _cost(
     return total
 
 
-def _inside(runs: Sequence[Run], stop: int) -> list[Run]:
-    """What runs hold of the tokens before ``stop``."""
-    found = []
+def _inside(runs: Sequence[Run], scene: Scene) -> list[Run]:
+    """What runs hold of the tokens up to the last document's end."""
+    found: list[Run] = []
+    stop = scene.stop
     for run in runs:
+        if scene.order is not None:
+            if stop < scene.length:
+                within = scene.order.tokens() < stop
+                found += _runs_within(run, within, 1)
+            elif run.tokens:
+                found.append(run)
+            continue
         tokens = range(run.tokens.start, min(stop, run.tokens.stop), run.tokens.step)
         if tokens:
             found.append(Run(run.row, tokens))
@@ -371,9 +379,7 @@ def _needed_rows(
     held = runs_of(plan.keys, owner)
     needed = torch.zeros(-(-plan.keys.length // size), dtype=torch.bool, device="cpu")
     for part in plan.parts:
-        index = _blocks_of(
-            _inside(runs_of(plan.queries, rank), part.scene.stop), part.scene.block_q
-        )
+        index = _blocks_of(_inside(runs_of(plan.queries, rank), part.scene), part.scene.block_q)
         _, blocks = plan.needed(part.scene, heads, index)
         needed[blocks] = True
     runs = [piece for run in held for piece in _runs_within(run, needed, size)]
@@ -413,7 +419,7 @@ def _clusters(
 ) -> Iterator[list[Run]]:
     """The rank's queries that see some of the key blocks ``keys``, apart where far apart."""
     scene = part.scene
-    held = _inside(runs_of(plan.queries, rank), scene.stop)
+    held = _inside(runs_of(plan.queries, rank), scene)
     index = _blocks_of(held, scene.block_q)
     if not len(index) or not len(keys):
         return

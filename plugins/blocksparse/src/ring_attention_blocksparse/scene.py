@@ -2,17 +2,24 @@
 
 Everything here is asked for many blocks at a time, and costs time and memory in proportion to the
 answer, never to all pairs of blocks. Tensors are int64 unless said otherwise.
+
+A sequence may be laid out in an order first. Blocks are then runs of *places*, while patterns and
+the mask speak of *tokens*; without one they are the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ring_core.masks import Band
+
+if TYPE_CHECKING:
+    from ring_core.order import Order
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class Blocks:
     """Some query blocks.
 
     Attributes:
-        index: [n], which ones. first, last: [n], their first and last token.
+        index: [n], which ones. first, last: [n], their first and last token; in an order others
+            may lie between.
     """
 
     index: Tensor
@@ -81,6 +89,8 @@ class Scene:
         documents: ascending; a token sees only its own document, one outside of all sees nothing.
         band: bounds ``j - i``: causal and window.
         block_q, block_kv: tokens of a query block and of a key block.
+        order: in which the tokens stand; None: the sequence's own.
+        prefix: tokens before the cells of a grid.
     """
 
     length: int
@@ -88,6 +98,8 @@ class Scene:
     band: Band
     block_q: int
     block_kv: int
+    order: Order | None = None
+    prefix: int = 0
 
     def __hash__(self) -> int:
         return self._hash
@@ -95,7 +107,8 @@ class Scene:
     @cached_property
     def _hash(self) -> int:
         """Once: thousands of documents are a key of several caches."""
-        return hash((self.length, self.documents, self.band, self.block_q, self.block_kv))
+        sizes = self.length, self.block_q, self.block_kv, self.prefix
+        return hash((sizes, self.documents, self.band, self.order))
 
     @property
     def query_blocks(self) -> int:
@@ -114,17 +127,28 @@ class Scene:
 
     def blocks(self, index: Tensor) -> Blocks:
         """The query blocks of that ``index``."""
-        first = index * self.block_q
-        return Blocks(index, first, (first + self.block_q - 1).clamp_max(self.length - 1))
+        return Blocks(index, *self._ends(index, self.block_q))
 
     def keys(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """First and last token of key blocks."""
-        first = block * self.block_kv
-        return first, (first + self.block_kv - 1).clamp_max(self.length - 1)
+        return self._ends(block, self.block_kv)
+
+    def _ends(self, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        if self.order is not None:
+            first, last = _hulls(self.order, size, index.device)
+            return first[index], last[index]
+        first = index * size
+        return first, (first + size - 1).clamp_max(self.length - 1)
+
+    def places(self, token: Tensor) -> Tensor:
+        """The places of some tokens."""
+        return token if self.order is None else self.order.places(token.device)[token]
 
     def own(self, q: Blocks) -> tuple[Tensor, Tensor]:
         """First and last key block that hold tokens of query blocks."""
-        return q.first // self.block_kv, q.last // self.block_kv
+        first = q.index * self.block_q
+        last = (first + self.block_q - 1).clamp_max(self.length - 1)
+        return first // self.block_kv, last // self.block_kv
 
     # The mask
 
@@ -166,13 +190,22 @@ class Scene:
         return query, starts[which], stops[which]
 
     def visible(self, q: Blocks) -> tuple[Tensor, Tensor]:
-        """First and last key block of which the mask lets any pair through. All between are too:
-        every query sees itself, so what neighbours see overlaps or touches."""
+        """First and last key block of which the mask lets any pair through; in an order maybe more
+        than that. All between are too: every query sees itself, so what neighbours see overlaps or
+        touches."""
+        if self.order is not None:
+            last = torch.where(q.first < self.stop, self.key_blocks - 1, -1)
+            return torch.zeros_like(last), last
         lo, _ = self.bounds(q.first)
         # Padding of a batch lies behind the last document: what blocks hold of it sees nothing.
         _, hi = self.bounds(q.last.clamp_max(self.stop - 1))
         first, last = lo // self.block_kv, hi.div(self.block_kv, rounding_mode="floor")
         return first, torch.where(q.first < self.stop, last, first - 1)
+
+    @cached_property
+    def is_open(self) -> bool:
+        """Whether every token sees every other one."""
+        return self.documents == (range(self.length),) and self.band == Band()
 
     # What patterns are made of
 
@@ -183,8 +216,20 @@ class Scene:
             query: [n], places in ``q``. first, last: [n], tokens; nothing where last < first.
 
         Returns:
-            Pairs with ``some`` True and ``whole`` False.
+            Pairs with ``whole`` False, and ``some`` True; in an order False: the tokens of a block
+            may all lie beside those that the query block was asked for.
         """
+        if self.order is not None:
+            none = (last < first) | (last < 0) | (first >= self.length)
+            starts, blocks = _strips(self.order, self.block_kv, q.device)
+            begin, end = (
+                torch.searchsorted(starts, x.clamp(0, self.length - 1), right=True) - 1
+                for x in (first, last)
+            )
+            which, place = ragged((end - begin + 1).masked_fill(none, 0))
+            key = torch.unique(query[which] * self.key_blocks + blocks[begin[which] + place])
+            never = torch.zeros_like(key, dtype=torch.bool)
+            return Reach(key // self.key_blocks, key % self.key_blocks, never, never)
         low, high = (x[query] for x in self.visible(q))
         begin = torch.maximum(first.div(self.block_kv, rounding_mode="floor"), low)
         end = torch.minimum(last.div(self.block_kv, rounding_mode="floor"), high)
@@ -199,7 +244,7 @@ class Scene:
         """Key blocks with a token whose distance ``j - i`` from a query is a multiple of ``step``,
         and from ``low`` to ``high`` (None: unbounded)."""
         each = torch.arange(len(q.index), device=q.device)
-        seen_first, seen_last = (self.keys(x)[i] for i, x in enumerate(self.visible(q)))
+        seen_first, seen_last = self._visible_tokens(q)
         if step > self.block_kv:
             # Tokens that the block's queries see at one multiple are neighbours; then comes a gap.
             fewest = (seen_first - q.last).div(step, rounding_mode="floor")
@@ -225,7 +270,18 @@ class Scene:
             inside &= largest <= high
             largest = largest.clamp_max(high)
         hit = largest.div(step, rounding_mode="floor") * step >= least
-        return Reach(found.query, found.block, inside if step == 1 else ~found.some, hit).where(hit)
+        whole = inside if step == 1 else torch.zeros_like(inside)
+        some = hit if self.order is None else torch.zeros_like(hit)
+        return Reach(found.query, found.block, whole, some).where(hit)
+
+    def _visible_tokens(self, q: Blocks) -> tuple[Tensor, Tensor]:
+        """Tokens before and behind which the mask lets blocks see nothing."""
+        if self.order is None:
+            low, high = self.visible(q)
+            return self.keys(low)[0], self.keys(high)[1]
+        lo, _ = self.bounds(q.first)
+        _, hi = self.bounds(q.last.clamp_max(self.stop - 1))
+        return lo, torch.where(q.first < self.stop, hi, lo - 1)
 
 
 def ragged(count: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,3 +298,27 @@ def _ends(documents: tuple[range, ...], device: torch.device) -> tuple[Tensor, T
         starts = torch.tensor([one.start for one in documents], dtype=torch.int64, device=device)
         stops = torch.tensor([one.stop for one in documents], dtype=torch.int64, device=device)
     return starts, stops
+
+
+@lru_cache(maxsize=64)
+def _hulls(order: Order, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The least and the largest token of each block of ``size`` places."""
+    with torch.inference_mode(False):
+        tokens = order.tokens(device)
+        rest = -len(tokens) % size
+        first, last = (
+            torch.nn.functional.pad(tokens, (0, rest), value=int(tokens[-1]))
+            .view(-1, size)
+            .aminmax(dim=1)
+        )
+        return first, last
+
+
+@lru_cache(maxsize=64)
+def _strips(order: Order, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Runs of neighbouring tokens that stand in one block of ``size`` places: each run's first
+    token, ascending, and its block."""
+    with torch.inference_mode(False):
+        block = order.places(device) // size
+        starts = torch.cat([block.new_zeros(1), (block.diff() != 0).nonzero().squeeze(1) + 1])
+        return starts, block[starts]

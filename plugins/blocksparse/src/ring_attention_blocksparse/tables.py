@@ -18,6 +18,7 @@ from torch import Tensor
 from ring_attention_blocksparse.pairs import PAIRS, Span, admitted, candidates, seen
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
+from ring_core.order import Order
 from ring_core.tiling import Run
 
 if TYPE_CHECKING:
@@ -34,49 +35,67 @@ class Pieces:
 
     Attributes:
         row, size: [n], a piece's first row and how many there are.
-        token, step: [n], the first row's token, and how far the next one's is from it.
-        block: [n], the block that the tokens are in.
+        place, step: [n], the first row's place in the sequence, and how far the next one's is.
+        first, last: [n], the least and the largest of the tokens.
+        block: [n], the block that the places are in.
         largest, total: of the sizes, and their sum. most: pieces that one block has.
     """
 
     row: Tensor
     size: Tensor
-    token: Tensor
+    place: Tensor
     step: Tensor
+    first: Tensor
+    last: Tensor
     block: Tensor
     largest: int
     total: int
     most: int
 
     @staticmethod
-    def of(runs: Sequence[Run], block: int, device: torch.device) -> Pieces:
-        """Cut runs at the borders of blocks of ``block`` tokens."""
+    def of(
+        runs: Sequence[Run], block: int, device: torch.device, order: Order | None = None
+    ) -> Pieces:
+        """Cut runs of places at the borders of blocks of ``block`` places."""
         columns = [(run.row, run.tokens.start, run.tokens.step, len(run.tokens)) for run in runs]
-        row, token, step, count = (
+        row, place, step, count = (
             torch.tensor(columns, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
         )
-        first, last = token // block, (token + (count - 1) * step) // block
-        which, place = ragged(last - first + 1)
-        index = first[which] + place
-        token, step, row, count = token[which], step[which], row[which], count[which]
-        # The first of the run's tokens that the block has, and the first behind it.
-        begin = -(-(index * block - token).clamp_min(0) // step)
-        end = torch.minimum(-(-((index + 1) * block - token) // step), count)
+        first, last = place // block, (place + (count - 1) * step) // block
+        which, at = ragged(last - first + 1)
+        index = first[which] + at
+        place, step, row, count = place[which], step[which], row[which], count[which]
+        # The first of the run's places that the block has, and the first behind it.
+        begin = -(-(index * block - place).clamp_min(0) // step)
+        end = torch.minimum(-(-((index + 1) * block - place) // step), count)
         kept = begin < end
-        found = (row + begin, end - begin, token + begin * step, step, index)
-        rows, sizes, tokens, steps, blocks = (x[kept].to(device) for x in found)
-        size = (end - begin)[kept]
+        size, place, step = (x[kept] for x in (end - begin, place + begin * step, step))
+        rows, blocks = (row + begin)[kept], index[kept]
+        first, last = place, place + (size - 1) * step
+        if order is not None and len(size):
+            which, at = ragged(size)
+            tokens = order.tokens()[place[which] + at * step[which]]
+            first, last = (
+                torch.segment_reduce(tokens.double(), how, lengths=size).long()
+                for how in ("min", "max")
+            )
         largest = int(size.max()) if len(size) else 1
-        most = int(torch.unique(index[kept], return_counts=True)[1].max()) if len(size) else 1
-        return Pieces(rows, sizes, tokens, steps, blocks, largest, int(size.sum()), most)
+        most = int(torch.unique(blocks, return_counts=True)[1].max()) if len(size) else 1
+        return Pieces(
+            rows.to(device),
+            size.to(device),
+            place.to(device),
+            step.to(device),
+            first.to(device),
+            last.to(device),
+            blocks.to(device),
+            largest,
+            int(size.sum()),
+            most,
+        )
 
     def __len__(self) -> int:
         return len(self.row)
-
-    @property
-    def last(self) -> Tensor:
-        """[n]: the last row's token."""
-        return self.token + (self.size - 1) * self.step
 
     def rows(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """[..., largest]: the rows of some pieces, and whether they have so many: where not, the
@@ -86,8 +105,9 @@ class Pieces:
         return self.row[which][..., None] + place * there, there
 
     def span(self, which: Tensor) -> Span:
-        """Some pieces' tokens."""
-        return Span(self.token[which], self.last[which], self.largest, self.step[which])
+        """Some pieces' places."""
+        first, step = self.place[which], self.step[which]
+        return Span(first, first + (self.size[which] - 1) * step, self.largest, step)
 
 
 @dataclass(frozen=True)
@@ -277,7 +297,7 @@ def pairs_of(
     x, which = x[of_block], of_query[of_block]
     order = torch.argsort(x * max(1, len(kv)) + y)
     x, y, whole = x[order], y[order], found.whole[which[order]]
-    clear = admitted(scene, q.token[x], q.last[x], kv.token[y], kv.last[y])
+    clear = admitted(scene, q.first[x], q.last[x], kv.first[y], kv.last[y])
     mask = torch.full_like(x, FULL)
     kept = whole & clear.whole
     looked_at = (~kept & clear.some).nonzero().squeeze(1)

@@ -36,13 +36,13 @@ class Random(Pattern):
         return True
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
+        from ring_attention_blocksparse.pairs import visible_block, visible_count
         from ring_attention_blocksparse.scene import ragged
 
-        low, high = scene.visible(q)
-        visible = (high - low + 1).clamp_min(0)
+        visible = visible_count(scene, q)
         query, place = ragged(visible.clamp_max(self.blocks))
         drawn = _permuted(place, visible[query], self.seed, head, q.index[query])
-        return _whole(query, low[query] + drawn)
+        return _whole(query, visible_block(scene, q, query, drawn))
 
 
 class GivenBlocks(Pattern):
@@ -120,11 +120,11 @@ class TopK(Pattern):
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:
         """What is seen however the choice falls: a block's own tokens."""
-        import torch
+        from ring_attention_blocksparse.scene import ragged
 
-        each = torch.arange(len(q.index), device=q.device)
-        found = scene.between(q, each, q.first, q.last)
-        return _whole(found.query, found.block)
+        first, last = scene.own(q)
+        query, place = ragged(last - first + 1)
+        return _whole(query, first[query] + place)
 
 
 def _whole(query: Tensor, block: Tensor) -> Reach:

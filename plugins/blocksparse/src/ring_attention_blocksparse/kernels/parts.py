@@ -106,7 +106,10 @@ def parts(tables: Tables, side: int) -> tuple[Part, ...]:
     rows, there = pieces.rows(source)
     copied = replace(
         pieces,
-        **{name: getattr(pieces, name)[source] for name in ("size", "token", "step", "block")},
+        **{
+            name: getattr(pieces, name)[source]
+            for name in ("size", "place", "step", "first", "last", "block")
+        },
         row=size * torch.arange(len(source), device=source.device),
         total=int(there.sum()),
         most=pieces.most * int(counts.max()),
