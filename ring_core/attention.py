@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -97,6 +97,10 @@ class BaseRingAttention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define make_plan")
 
+    def make_implied_plan(self, sequences: Sequences, world: int) -> Plan:
+        """The plan of a call without one, whose shards are those of the sequence's own order."""
+        return self.make_plan(sequences, world)
+
     def choose(self, plan: RankPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Any:
         """What masks of the plan must know of a call's tensors; None where that is nothing.
 
@@ -139,16 +143,7 @@ class BaseRingAttention(nn.Module):
             kv_cu_seqlens=kv_cu_seqlens,
             lengths=lengths,
         )
-        group = self._target()
-        return self.runtime.plans.get(
-            (sequences, group),
-            lambda: RankPlan(
-                self.make_plan(sequences, groups.rank_and_world(group)[1]),
-                sequences,
-                group,
-                made_by=self._planning,
-            ),
-        )
+        return self._planned(sequences, self.make_plan)
 
     def forward(
         self,
@@ -181,7 +176,13 @@ class BaseRingAttention(nn.Module):
             self._check_types(q, k, v, plan)
         q, k, v = autocast(q, k, v)
         number = NO_PLAN if plan is None else plan.number
+        rows = None if plan is None else plan.rearranged
+        if rows is not None:
+            queries, keys, back = (x.to(q.device) for x in rows)
+            q, k, v = q[:, queries], k[:, keys], v[:, keys]
         out, lse = attend(self._number, number, q, k, v, self.training)
+        if rows is not None:
+            out, lse = out[:, back], lse[:, :, back]
         return (out, lse) if return_lse else out
 
     def communicator(
@@ -280,6 +281,19 @@ class BaseRingAttention(nn.Module):
             self._runtime = Runtime(self.config, self._registry)
         return self._runtime
 
+    def _planned(self, sequences: Sequences, make: Callable[[Sequences, int], Plan]) -> RankPlan:
+        group = self._target()
+        plan: RankPlan = self.runtime.plans.get(
+            (sequences, group, make.__name__),
+            lambda: RankPlan(
+                make(sequences, groups.rank_and_world(group)[1]),
+                sequences,
+                group,
+                made_by=self._planning,
+            ),
+        )
+        return plan
+
     def _target(self) -> Any | None:
         """The group that plans are for: the one given, or the default group of this moment."""
         if isinstance(self._group, str):  # this is a copy out of a pickle
@@ -308,8 +322,8 @@ class BaseRingAttention(nn.Module):
                 "layout='contiguous', 'zigzag' or 'striped'"
             )
         kv_len = k.shape[1] * world if k.shape[1] != q.shape[1] else None
-        plan: RankPlan = self.plan(q.shape[1] * world, kv_len=kv_len)
-        return plan
+        sequences = Sequences.build(q.shape[1] * world, kv_len=kv_len)
+        return self._planned(sequences, self.make_implied_plan)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group is known by name, and looked up when the copy first plans.

@@ -182,6 +182,12 @@ class Plan(ABC):
         """Number of ranks."""
         return self.queries.world
 
+    @property
+    def shards(self) -> tuple[Layout, Layout]:
+        """How callers hold queries and keys, where that is not how tiles count them: each rank's
+        tokens, in whatever order."""
+        return self.queries, self.keys
+
     @abstractmethod
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         """Tiles of ``rank``'s queries with ``owner``'s keys; ``kv`` counts in the owner's shard.
@@ -212,6 +218,17 @@ class Plan(ABC):
     def facts(self) -> Mapping[str, str]:
         """What a variant says of a plan beside work and transfers, for people, by name."""
         return {}
+
+    def alternatives(self) -> Sequence[Mapping[str, str]]:
+        """What a variant weighed before it chose this plan, for people: the rows of a table, each
+        by the names of its columns."""
+        return ()
+
+    @property
+    def walk(self) -> tuple[tuple[int, ...], Tensor] | None:
+        """For pictures: the grid that the tokens are the cells of, and its cells in the order in
+        which they are laid out; None where there is no grid."""
+        return None
 
     def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor | None:
         """For pictures: of which cells ``rank`` computes something with ``owner``'s keys.
@@ -283,6 +300,13 @@ class ForHeads(Plan):
 
     def facts(self) -> Mapping[str, str]:
         return self.whole.facts()
+
+    def alternatives(self) -> Sequence[Mapping[str, str]]:
+        return self.whole.alternatives()
+
+    @property
+    def walk(self) -> tuple[tuple[int, ...], Tensor] | None:
+        return self.whole.walk
 
     def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor | None:
         return self.whole.cells(rank, owner, cells, length)

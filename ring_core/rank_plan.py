@@ -76,11 +76,11 @@ class RankPlan:
 
     @cached_property
     def _positions(self) -> Tensor:
-        return self.plan.queries.positions(self.rank)
+        return self._layout(False).positions(self.rank)
 
     @cached_property
     def _kv_positions(self) -> Tensor:
-        return self.plan.keys.positions(self.rank)
+        return self._layout(True).positions(self.rank)
 
     @cached_property
     def imbalance(self) -> float:
@@ -125,7 +125,22 @@ class RankPlan:
         return whole
 
     def _layout(self, kv: bool) -> Layout:
-        return self.plan.keys if kv else self.plan.queries
+        queries, keys = self.plan.shards
+        return keys if kv else queries
+
+    @cached_property
+    def rearranged(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where tiles count rows in another order than callers hold them: for each row of the
+        tiles' queries and keys the caller's, and for each of the caller's queries the tiles'.
+        int64, on the CPU."""
+        if self.plan.shards == (self.plan.queries, self.plan.keys):
+            return None
+        queries, keys = self.plan.queries.positions(self.rank), self.plan.keys.positions(self.rank)
+        return (
+            _found(queries, self._positions),
+            _found(keys, self._kv_positions),
+            _found(self._positions, queries),
+        )
 
     def _rows(self, x: Tensor, dim: int, kv: bool, fill: float) -> Tensor:
         positions = self._kv_positions if kv else self._positions
@@ -169,6 +184,15 @@ _SIGNED = {
     torch.uint32: torch.int32,
     torch.uint64: torch.int64,
 }
+
+
+def _found(wanted: Tensor, among: Tensor) -> Tensor:
+    """Where each wanted position stands; padding, at the end of both, stays where it is."""
+    rows = torch.arange(len(wanted), device="cpu")
+    held = wanted >= 0
+    order = torch.argsort(among[held])
+    rows[held] = order[torch.searchsorted(among[held][order], wanted[held])]
+    return rows
 
 
 def _bytes(x: Tensor) -> Tensor:

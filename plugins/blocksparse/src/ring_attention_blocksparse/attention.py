@@ -46,7 +46,7 @@ class BlockSparseRingAttention(BaseRingAttention):
         if self.config.patterns is None:
             logger.info("no patterns: every query sees all that the mask lets through")
             return plan_branches(self.config, sequences, world)
-        return plan_blocks(self.config, sequences, world)
+        return plan_blocks(self.config, sequences, world, self.config.patterns)
 
     def choose(self, plan: RankPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice | None:
         if not isinstance(plan.plan, BlockPlan):

@@ -31,6 +31,7 @@ from ring_core.layout import (
     zigzag,
 )
 from ring_core.masks import Mask
+from ring_core.order import Order
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Segments, Tile
 from ring_core.sequences import Sequences
 from ring_core.tiling import Run, runs_of
@@ -102,7 +103,7 @@ class BlockPlan(Plan):
         shown = left = 0.0
         for part in self.parts:
             rows = batch if part.batch is None else len(part.batch)
-            shown += rows * float(self._degrees(part.scene).sum())
+            shown += rows * float(self.degrees(part.scene).sum())
             left += rows * float(admitted_count(part.scene).sum())
         return shown / left if left else 0.0
 
@@ -150,7 +151,7 @@ class BlockPlan(Plan):
 
     def classes(self) -> list[range]:
         """Runs of KV heads that have the same patterns, and some."""
-        heads = self.kv_heads or self._named_heads()
+        heads = self.kv_heads or self.named_heads()
         alike = groupby(range(heads), key=self.of_head)
         runs = [list(members) for patterns, members in alike if patterns]
         return [range(run[0], run[-1] + 1) for run in runs]
@@ -159,7 +160,8 @@ class BlockPlan(Plan):
         """The patterns that a KV head has."""
         return tuple(pattern for pattern in self.patterns if pattern.applies(head))
 
-    def _named_heads(self) -> int:
+    def named_heads(self) -> int:
+        """How many KV heads there must be, or one more than patterns name."""
         fixed = [p.kv_heads for p in self.patterns if p.kv_heads is not None]
         if fixed:
             return fixed[0]
@@ -183,12 +185,12 @@ class BlockPlan(Plan):
         key = torch.unique(query * scene.key_blocks + block)
         return key // scene.key_blocks, key % scene.key_blocks
 
-    def _degrees(self, scene: Scene) -> Tensor:
+    def degrees(self, scene: Scene) -> Tensor:
         """[query blocks]: key blocks that each one computes with, float64: the mean over heads."""
         return _degrees(scene, tuple(self._weights()))
 
     def _weights(self) -> Iterator[tuple[tuple[Pattern, ...], range, float]]:
-        heads = self.kv_heads or self._named_heads()
+        heads = self.kv_heads or self.named_heads()
         for run in self.classes():
             yield self.of_head(run[0]), run, len(run) / heads
 
@@ -199,10 +201,10 @@ class BlockPlan(Plan):
     # Tiles
 
     def _tiles_of(self, heads: range, rank: int, owner: int) -> Iterator[Tile]:
-        whole = heads == range(self.kv_heads or self._named_heads())
+        whole = heads == range(self.kv_heads or self.named_heads())
         named = ALL_HEADS
         if not whole:
-            kv_heads = self.kv_heads or self._named_heads()
+            kv_heads = self.kv_heads or self.named_heads()
             named = Heads(heads.start, kv_heads, len(heads))
         theirs = _needed_rows(self, heads, rank, owner)
         if theirs is None:
@@ -224,14 +226,24 @@ class BlockPlan(Plan):
                 yield Tile(Rows(first, last - first), kv, mask, named, part.batch)
 
 
-def plan_blocks(config: BlockSparseConfig, sequences: Sequences, world: int) -> BlockPlan:
+def plan_blocks(
+    config: BlockSparseConfig,
+    sequences: Sequences,
+    world: int,
+    patterns: tuple[Pattern, ...],
+    order: Order | None = None,
+    prefix: int = 0,
+) -> BlockPlan:
     """A plan for ``world`` ranks.
+
+    Args:
+        order: in which the tokens are laid out before they are cut into shards and blocks.
+        prefix: tokens before the cells of grids.
 
     Raises:
         InputError: cross-attention, for which patterns are not defined; or a pattern does not fit
             the sequence.
     """
-    assert config.patterns is not None
     if sequences.cross:
         raise InputError(
             "patterns with kv_len or kv_cu_seqlens: block-sparse cross-attention is not defined; "
@@ -239,15 +251,18 @@ def plan_blocks(config: BlockSparseConfig, sequences: Sequences, world: int) -> 
         )
     # A block that is larger than the sequence is one like the sequence.
     block_q, block_kv = (min(size, sequences.q_len) for size in (config.block_q, config.block_kv))
-    parts = tuple(_parts(config, sequences, block_q, block_kv))
+    parts = tuple(
+        Part(part.batch, replace(part.scene, order=order, prefix=prefix))
+        for part in _parts(config, sequences, block_q, block_kv)
+    )
     for part in parts:
-        for pattern in config.patterns:
+        for pattern in patterns:
             if trouble := pattern.check(part.scene):
                 raise InputError(f"pattern {pattern.kind!r}: {trouble}")
     unplaced = contiguous(sequences.q_len, world)
-    plan = BlockPlan(unplaced, unplaced, parts, config.patterns)
+    plan = BlockPlan(unplaced, unplaced, parts, patterns)
     unit = math.lcm(block_q, block_kv)
-    layout = _layout(config.layout, plan, sequences.q_len, world, unit)
+    layout = replace(_layout(config.layout, plan, sequences.q_len, world, unit), order=order)
     return replace(plan, queries=layout, keys=layout)
 
 

@@ -25,6 +25,8 @@ def shown(
     starts: Sequence[int] = (0,),
     q: Tensor | None = None,
     k: Tensor | None = None,
+    tokens: Tensor | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """Which keys the KV heads see of one batch row: bool [kv_heads, length, length].
 
@@ -32,14 +34,18 @@ def shown(
         mask: bool [length, length], causal, window, documents and padding AND-ed.
         starts: where documents begin, ascending.
         q: [length, query heads, D]. k: [length, kv_heads, D]: for patterns that choose.
+        tokens: [length], the token at each place of an order: blocks are of places.
+        prefix: tokens before the cells of grids.
     """
     length = len(mask)
+    if tokens is None:
+        tokens = torch.arange(length)
     seen = torch.zeros(kv_heads, length, length, dtype=torch.bool)
-    visible = _any_of_blocks(mask, block_q, block_kv)
+    visible = _any_of_blocks(mask[tokens][:, tokens], block_q, block_kv)
     for pattern, head in product(patterns, range(kv_heads)):
         if pattern.heads is None or head in pattern.heads:
             seen[head] |= _pairs(
-                pattern, head, length, visible, block_q, block_kv, starts, mask, q, k
+                pattern, head, visible, block_q, block_kv, starts, mask, q, k, tokens, prefix
             )
     return seen & mask
 
@@ -58,7 +64,6 @@ def density(seen: Tensor, mask: Tensor, block_q: int, block_kv: int) -> float:
 def _pairs(
     pattern: Any,
     head: int,
-    length: int,
     visible: Tensor,
     block_q: int,
     block_kv: int,
@@ -66,9 +71,14 @@ def _pairs(
     mask: Tensor,
     q: Tensor | None,
     k: Tensor | None,
+    tokens: Tensor,
+    prefix: int,
 ) -> Tensor:
     found: Tensor
+    length = len(mask)
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    place = torch.argsort(tokens)
+    blocks = place[:, None] // block_q, place[None, :] // block_kv
     match pattern.kind:
         case "local":
             found = (i - pattern.left <= j) & (j <= i + pattern.right)
@@ -89,28 +99,29 @@ def _pairs(
             radius = pattern.radius
             if isinstance(radius, int):
                 radius = (radius,) * len(pattern.grid)
-            found = torch.ones(length, length, dtype=torch.bool)
+            found = torch.ones(length - prefix, length - prefix, dtype=torch.bool)
             for cell, r in zip(_cells(pattern.grid), radius, strict=True):
                 found &= (cell[:, None] - cell[None, :]).abs() <= r
+            found = torch.nn.functional.pad(found, (prefix, 0, prefix, 0))
         case "window_blocks":
             shift = pattern.shift
             if isinstance(shift, int):
                 shift = (shift,) * len(pattern.grid)
-            found = torch.ones(length, length, dtype=torch.bool)
+            found = torch.ones(length - prefix, length - prefix, dtype=torch.bool)
             for cell, size, s in zip(_cells(pattern.grid), pattern.shape, shift, strict=True):
                 window = torch.floor((cell - s) / size)
                 found &= window[:, None] == window[None, :]
+            found = torch.nn.functional.pad(found, (prefix, 0, prefix, 0))
         case "random":
-            found = _drawn(pattern, head, visible)[i // block_q, j // block_kv]
+            found = _drawn(pattern, head, visible)[blocks]
         case "blocks":
             table = torch.tensor(pattern.table)
-            table = table[head] if table.ndim == 3 else table
-            found = table[i // block_q, j // block_kv]
+            found = (table[head] if table.ndim == 3 else table)[blocks]
         case "topk":
             if q is None or k is None:
                 raise ValueError("topk is chosen by queries and keys: give q and k")
-            table = _chosen(pattern, head, visible, block_q, block_kv, mask, q, k)
-            found = table[i // block_q, j // block_kv]
+            along = mask[tokens][:, tokens], q[tokens], k[tokens]
+            found = _chosen(pattern, head, visible, block_q, block_kv, *along)[blocks]
         case other:
             raise ValueError(f"no definition here of {other!r}")
     return found

@@ -43,8 +43,8 @@ def morton(grid: Sequence[int]) -> Tensor:
 
 
 def tile(grid: Sequence[int], block: int) -> Tensor:
-    """Cells in boxes of about ``block`` cells, of sides as equal as halving allows; boxes, and cells
-    in each box, in row-major order."""
+    """Cells in boxes of about ``block`` cells, of sides as equal as halving allows; boxes, and
+    cells in each box, in row-major order."""
     shape = [1] * len(grid)
     while math.prod(shape) < block:
         # The shortest side that can still grow; of equal ones the last, which runs fastest.

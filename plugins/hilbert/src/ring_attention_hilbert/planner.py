@@ -1,0 +1,225 @@
+"""The planner of variant ``hilbert``: an order, and a plan of tokens that are laid out in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import cast
+
+import torch
+from ring_attention_blocksparse.patterns import Pattern
+from ring_attention_blocksparse.planner import BlockPlan, plan_blocks
+from ring_attention_standard.planner import BranchPlan, plan_branches
+from torch import Tensor
+
+from ring_attention_hilbert.config import HilbertConfig
+from ring_attention_hilbert.everything import Everything
+from ring_attention_hilbert.orders import CURVES, Curve, FoldedOrder, GridOrder, cells_of
+from ring_core.errors import InputError
+from ring_core.layout import Layout, joined
+from ring_core.order import Order
+from ring_core.plan import Plan
+from ring_core.rounds import elements_fetched
+from ring_core.sequences import Sequences
+
+logger = logging.getLogger("ring_attention_hilbert")
+
+_A_KEY = 2048
+"""Fetching a key and value costs a rank as much as computing so many pairs of a query and a key:
+four operations a pair and number at 400 TF/s, four bytes a key and number at 350 GB/s, gives 1143;
+and what travels is not always hidden."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What an order would cost.
+
+    Attributes:
+        name: of the order. blocks: active pairs of blocks of the whole sequence, mean over heads.
+        fetched: of all keys, the largest share that a rank fetches. imbalance: see
+            :meth:`ring_core.plan.Plan.imbalance`. cost: of the busiest rank, in pairs of tokens.
+    """
+
+    name: str
+    blocks: float
+    fetched: float
+    imbalance: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class HilbertPlan(BlockPlan):
+    """Block-sparse attention over an order, and the orders that were weighed."""
+
+    order_name: str = "row"
+    grid: tuple[int, ...] | None = None
+    weighed: tuple[Weighed, ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def facts(self) -> Mapping[str, str]:
+        how = "of those below, the cheapest" if len(self.weighed) > 1 else "as asked for"
+        return {"order": f"{self.order_name} ({how})", **super().facts()}
+
+    def alternatives(self) -> Sequence[Mapping[str, str]]:
+        least = min((one.cost for one in self.weighed), default=1.0)
+        return [
+            {
+                "Order": one.name,
+                "Active blocks": f"{one.blocks:,.0f}",
+                "Remote keys": f"{one.fetched:.1%}",
+                "Imbalance": f"{one.imbalance:.3f}",
+                "Cost": f"{one.cost / least:.2f}" if least else "1.00",
+            }
+            for one in self.weighed
+        ]
+
+    @property
+    def walk(self) -> tuple[tuple[int, ...], Tensor] | None:
+        if self.grid is None or not self.parts:
+            return None
+        prefix, order = self.parts[0].scene.prefix, self.queries.order
+        tokens = torch.arange(self.queries.length) if order is None else order.tokens()
+        return self.grid, tokens[tokens >= prefix] - prefix
+
+
+@dataclass(frozen=True)
+class ArrangedPlan(BranchPlan):
+    """Dense or dilated attention whose callers hold each rank's tokens along an order.
+
+    A curve changes nothing about who needs whose keys here, so tiles count each rank's rows as the
+    sequence has them.
+    """
+
+    order: Order | None = None
+
+    def __hash__(self) -> int:
+        return self._order_hash
+
+    @cached_property
+    def _order_hash(self) -> int:
+        return hash((self.queries, self.keys, self.documents, self.branches, self.order))
+
+    @cached_property
+    def _arranged(self) -> Layout:
+        assert self.order is not None
+        return arranged(self.queries, self.order)
+
+    @property
+    def shards(self) -> tuple[Layout, Layout]:
+        return self._arranged, self._arranged
+
+
+def _check_length(config: HilbertConfig, sequences: Sequences) -> None:
+    if config.grid is None:
+        return
+    expected = config.prefix + cells_of(config.grid)
+    if sequences.q_len != expected or (sequences.cross and sequences.kv_len != expected):
+        given = f"{sequences.q_len}" + (f" and {sequences.kv_len}" if sequences.cross else "")
+        before = f" and prefix={config.prefix}" if config.prefix else ""
+        raise InputError(
+            f"grid={config.grid}{before} are {expected} tokens, and the sequence has {given}"
+        )
+
+
+def plan_ordered(config: HilbertConfig, sequences: Sequences, world: int) -> Plan:
+    """A plan for ``world`` ranks.
+
+    Raises:
+        InputError: the sequence does not fit the grid; cross-attention with patterns or on a curve.
+    """
+    _check_length(config, sequences)
+    patterns = config.resolved()
+    if patterns is None:
+        return _plan_dense(config, sequences, world)
+    if config.order != "auto":
+        return _plan_sparse(config, sequences, world, patterns, config.order)
+    plans = [_plan_sparse(config, sequences, world, patterns, name) for name in ("row", *CURVES)]
+    weighed = tuple(one.weighed[0] for one in plans)
+    best = min(range(len(plans)), key=lambda n: weighed[n].cost)
+    logger.info(
+        "order %r: the cheapest by active blocks, remote keys and balance", weighed[best].name
+    )
+    return replace(plans[best], weighed=weighed)
+
+
+def plan_in_row_major(config: HilbertConfig, sequences: Sequences, world: int) -> Plan:
+    """A plan of tokens as they come."""
+    return plan_ordered(config.model_copy(update={"order": "row"}), sequences, world)
+
+
+def order_of(config: HilbertConfig, name: str, length: int) -> Order | None:
+    """The order of that name for a sequence; None for the sequence's own."""
+    if name == "row":
+        return None
+    curve, block = cast(Curve, name), min(config.block_q, config.block_kv)
+    if config.grid is not None:
+        return GridOrder(curve, config.grid, config.prefix, block)
+    return FoldedOrder(curve, length, min(config.segment_length or length, length), block)
+
+
+def arranged(layout: Layout, order: Order) -> Layout:
+    """The same tokens on each rank, along an order."""
+    rows = []
+    for rank in range(layout.world):
+        positions = layout.positions(rank)
+        places = order.places()[positions[positions >= 0]].sort().values
+        breaks = (places.diff() != 1).nonzero().squeeze(1) + 1
+        edges = [0, *breaks.tolist(), len(places)]
+        runs = [range(int(places[a]), int(places[b - 1]) + 1) for a, b in pairwise(edges) if a < b]
+        rows.append(joined(runs))
+    return Layout(layout.length, tuple(rows), order)
+
+
+def _plan_dense(config: HilbertConfig, sequences: Sequences, world: int) -> Plan:
+    name = "row" if config.order == "auto" else config.order
+    logger.info(
+        "no patterns: dense, every query sees all that the mask lets through; order %r", name
+    )
+    order = order_of(config, name, sequences.q_len)
+    if order is None:
+        return plan_branches(config, sequences, world)
+    if sequences.cross:
+        raise InputError(
+            f"order={name!r} with kv_len or kv_cu_seqlens: cross-attention on a curve is not "
+            "defined; give order='row'"
+        )
+    if config.segment_lengths is not None:
+        plan = plan_branches(config, sequences, world)
+        fields = {key: getattr(plan, key) for key in ("queries", "keys", "documents")}
+        return ArrangedPlan(**fields, band=plan.band, branches=plan.branches, order=order)
+    everything = plan_blocks(config, sequences, world, (Everything(),), order, config.prefix)
+    if all(part.scene.is_open for part in everything.parts):
+        plan = plan_branches(config, sequences, world)
+        layout = replace(plan.queries, order=order)
+        return replace(plan, queries=layout, keys=layout)
+    return everything
+
+
+def _plan_sparse(
+    config: HilbertConfig,
+    sequences: Sequences,
+    world: int,
+    patterns: tuple[Pattern, ...],
+    name: str,
+) -> HilbertPlan:
+    order = order_of(config, name, sequences.q_len)
+    plan = plan_blocks(config, sequences, world, patterns, order, config.prefix)
+    fields = {key: getattr(plan, key) for key in ("queries", "keys", "parts", "patterns")}
+    found = HilbertPlan(**fields, order_name=name, grid=config.grid)
+    return replace(found, weighed=(_weigh(found, name),))
+
+
+def _weigh(plan: HilbertPlan, name: str) -> Weighed:
+    scenes = [(part.scene, 1 if part.batch is None else len(part.batch)) for part in plan.parts]
+    blocks = sum(rows * float(plan.degrees(scene).sum()) for scene, rows in scenes)
+    area = scenes[0][0].block_q * scenes[0][0].block_kv if scenes else 1
+    heads = plan.named_heads()
+    fetched = max(elements_fetched(plan, rank, heads) for rank in range(plan.world)) / heads
+    imbalance = plan.imbalance()
+    cost = blocks * area * imbalance / plan.world + fetched * _A_KEY
+    return Weighed(name, blocks, fetched / plan.keys.length, imbalance, cost)
