@@ -28,6 +28,9 @@ class RankPlan:
         rank, world: this process's place in the group.
         number: stands for the plan in operators of this process.
         made_by: what the plan depends on beside the sequence; attentions refuse others' plans.
+        rearranged: where tiles count rows in another order than callers hold them, for each row of
+            the tiles' queries and keys the caller's, and for each of the caller's queries the
+            tiles': int64, on the CPU. Else None.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class RankPlan:
         self.sequences = sequences
         self.group = group
         self.rank, self.world = groups.rank_and_world(group)
+        self.rearranged = self._rearranged()
         self.number = number_of(self, keep=True)
 
     def __repr__(self) -> str:
@@ -128,11 +132,7 @@ class RankPlan:
         queries, keys = self.plan.shards
         return keys if kv else queries
 
-    @cached_property
-    def rearranged(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where tiles count rows in another order than callers hold them: for each row of the
-        tiles' queries and keys the caller's, and for each of the caller's queries the tiles'.
-        int64, on the CPU."""
+    def _rearranged(self) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.plan.shards == (self.plan.queries, self.plan.keys):
             return None
         queries, keys = self.plan.queries.positions(self.rank), self.plan.keys.positions(self.rank)

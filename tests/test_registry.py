@@ -25,7 +25,7 @@ from ring_core.errors import (
     UnknownVariantError,
 )
 
-INSTALLED = ["blocksparse", "standard"]
+INSTALLED = ["blocksparse", "hilbert", "standard"]
 """The variants of this repository."""
 
 GOOD = """
@@ -141,8 +141,8 @@ class TestCreate:
             UnknownVariantError, match=r"Did you mean 'standard'\? Installed: .*standard"
         ):
             registry.create("standrad")
-        with pytest.raises(UnknownVariantError, match=r"pip install ring-attention-hilbert"):
-            registry.create("hilbert")
+        with pytest.raises(UnknownVariantError, match=r"pip install ring-attention-distributed"):
+            registry.create("distributed")
 
     def test_auto(self, caplog):
         with caplog.at_level(logging.INFO, logger="ring_core"):

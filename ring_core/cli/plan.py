@@ -137,6 +137,7 @@ def _described(plan: ForHeads, arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": arguments.seq_len,
         "imbalance": plan.imbalance(arguments.batch),
         "facts": dict(plan.facts()),
+        "alternatives": [dict(one) for one in plan.alternatives()],
         "ranks": ranks,
     }
 
@@ -165,3 +166,9 @@ def _show(variant: str, found: dict[str, Any], arguments: argparse.Namespace) ->
     out.print(f"imbalance: {found['imbalance']:.3f} (the busiest rank over the mean)")
     for name, what in found["facts"].items():
         out.print(f"{name}: {what}", soft_wrap=True)
+    if found["alternatives"]:
+        first, *others = found["alternatives"][0]
+        weighed = table(first, *others, numbers=True)
+        for one in found["alternatives"]:
+            weighed.add_row(*one.values())
+        out.print(weighed)

@@ -1,4 +1,5 @@
-"""A plan as a picture: the sequence against itself, coloured by rank and by step of the ring."""
+"""A plan as a picture: the sequence against itself, coloured by rank and by step of the ring; and
+the grid of its tokens, if it has one, with the way that the tokens are laid out."""
 
 from __future__ import annotations
 
@@ -7,6 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ring_core.errors import InputError
+
+_FRAMES = 4
+"""Frames of a video that are drawn."""
+_DRAWN = 1 << 14
+"""Cells through which the way is drawn."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +44,50 @@ def draw(plan: Plan, title: str, path: Path) -> None:
 
     found = tile_map(plan)
     with rc_context({"font.size": 10}):
-        figure = Figure(figsize=(12, 5.4), layout="constrained")
-        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+        walk = plan.walk
+        figure = Figure(figsize=(12, 5.4) if walk is None else (18, 5.4), layout="constrained")
+        left, right, *more = figure.subplots(1, 2 if walk is None else 3)
+        right.sharey(left)
         few = "tab10" if plan.world <= 10 else "turbo"
         length = found.tokens * len(found.rank)
         _panel(figure, left, found.rank, plan.world, length, "rank that computes", few)
         _panel(figure, right, found.step, plan.world, length, "offset of the ring", "viridis")
         left.set_ylabel("query")
+        if walk is not None:
+            _grid(more[0], plan, *walk, few)
         figure.suptitle(f"{title}, {plan.world} ranks")
         figure.savefig(path, dpi=150)
+
+
+def _grid(axes: Any, plan: Plan, grid: tuple[int, ...], cells: Tensor, colours: str) -> None:
+    """The cells of a picture by rank, and the way through them; of a video some frames."""
+    import torch
+    from matplotlib import colormaps
+
+    rank = torch.full((cells.numel(),), -1, dtype=torch.int64)
+    prefix = plan.queries.length - len(cells)
+    for one in range(plan.world):
+        held = plan.queries.positions(one)
+        rank[held[held >= prefix] - prefix] = one
+    height, width = grid[-2:]
+    frames = rank.double().view(-1, height, width)
+    shown = range(0, len(frames), -(-len(frames) // _FRAMES))
+    gap = torch.full((height, max(1, width // 16)), float("nan"), dtype=torch.float64)
+    image = torch.cat([x for frame in shown for x in (gap, frames[frame])][1:], 1)
+    axes.imshow(
+        image.numpy(),
+        cmap=colormaps[colours].resampled(plan.world),
+        vmin=-0.5,
+        vmax=plan.world - 0.5,
+        interpolation="nearest",
+    )
+    name = f"{height} x {width} cells by rank"
+    if len(frames) == 1 and len(cells) <= _DRAWN:
+        axes.plot(cells % width, cells // width, color="white", linewidth=0.8)
+        name += ", and the way through them"
+    elif len(frames) > 1:
+        name += f": frames {', '.join(str(frame) for frame in shown)}"
+    axes.set(title=name, xticks=[], yticks=[])
 
 
 def _panel(

@@ -47,6 +47,11 @@ class Pattern(BaseModel):
         return 0
 
     @property
+    def is_of_blocks(self) -> bool:
+        """Whether only whole blocks are seen: what they hold depends on the order of the tokens."""
+        return type(self).sees is Pattern.sees
+
+    @property
     def varies(self) -> bool:
         """Whether heads that have this pattern see different keys."""
         return False

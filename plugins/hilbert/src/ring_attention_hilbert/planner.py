@@ -57,9 +57,17 @@ class HilbertPlan(BlockPlan):
     order_name: str = "row"
     grid: tuple[int, ...] | None = None
     weighed: tuple[Weighed, ...] = ()
+    as_they_come: bool = False
+    """Callers hold their tokens in the sequence's own order; on one rank."""
 
     def __hash__(self) -> int:
         return self._hash
+
+    @property
+    def shards(self) -> tuple[Layout, Layout]:
+        if not self.as_they_come:
+            return super().shards
+        return replace(self.queries, order=None), replace(self.keys, order=None)
 
     def facts(self) -> Mapping[str, str]:
         how = "of those below, the cheapest" if len(self.weighed) > 1 else "as asked for"
@@ -140,16 +148,40 @@ def plan_ordered(config: HilbertConfig, sequences: Sequences, world: int) -> Pla
         return _plan_sparse(config, sequences, world, patterns, config.order)
     plans = [_plan_sparse(config, sequences, world, patterns, name) for name in ("row", *CURVES)]
     weighed = tuple(one.weighed[0] for one in plans)
-    best = min(range(len(plans)), key=lambda n: weighed[n].cost)
+    if _is_of_blocks(patterns):  # the choice changes the result, so no world size may
+        costs = [one.blocks for one in weighed]
+    else:
+        costs = [one.cost for one in weighed]
+    best = costs.index(min(costs))
     logger.info(
         "order %r: the cheapest by active blocks, remote keys and balance", weighed[best].name
     )
     return replace(plans[best], weighed=weighed)
 
 
-def plan_in_row_major(config: HilbertConfig, sequences: Sequences, world: int) -> Plan:
-    """A plan of tokens as they come."""
-    return plan_ordered(config.model_copy(update={"order": "row"}), sequences, world)
+def plan_as_they_come(config: HilbertConfig, sequences: Sequences, world: int) -> Plan:
+    """A plan of shards that hold the tokens as they come.
+
+    Raises:
+        InputError: blocks run along a curve, and its shards hold other tokens.
+    """
+    patterns = config.resolved()
+    if patterns is None or not _is_of_blocks(patterns):
+        row = config.model_copy(update={"order": "row"})
+        return plan_ordered(row, sequences, world)
+    plan = plan_ordered(config, sequences, world)
+    assert isinstance(plan, HilbertPlan)
+    if world > 1 and plan.queries.order is not None:
+        raise InputError(
+            f"a call without a plan in a group of {world} ranks, with patterns of whole blocks "
+            f"along order={plan.order_name!r}: which tokens the shards hold is up to the curve; "
+            "pass plan=attn.plan(seq_len), or create the attention with order='row'"
+        )
+    return replace(plan, as_they_come=True)
+
+
+def _is_of_blocks(patterns: Sequence[Pattern]) -> bool:
+    return any(pattern.is_of_blocks for pattern in patterns)
 
 
 def order_of(config: HilbertConfig, name: str, length: int) -> Order | None:
