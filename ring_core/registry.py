@@ -273,6 +273,11 @@ class Registry:
         knowing = [n for n, v in sorted(variants.items()) if special <= set(v.config.model_fields)]
         if len(knowing) == 1:
             return knowing[0], f"only its schema knows {listed}"
+        schemas = {name: variants[name].config for name in knowing}
+        # A schema that extends another one knows its fields, too: then they are the other's.
+        first = [n for n in knowing if not any(_extends(schemas[n], schemas[m]) for m in knowing)]
+        if len(first) == 1:
+            return first[0], f"{listed} are of its schema, which others extend"
         if knowing:
             raise ConfigError(f"{listed}: known to {', '.join(knowing)}; name the variant")
         fields = {field for one in variants.values() for field in one.config.model_fields}
@@ -293,6 +298,10 @@ class Registry:
                 f"{row.origin if row else name} failed to import {variant.attention!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _extends(schema: type[RingAttentionConfig], other: type[RingAttentionConfig]) -> bool:
+    return schema is not other and issubclass(schema, other)
 
 
 def _given(config: RingAttentionConfig | Mapping[str, Any] | None) -> dict[str, Any]:
