@@ -89,7 +89,7 @@ def measure(worker: Worker, job: Job) -> list[dict[str, Any]]:
     watch, found = Stopwatch(worker), []
     for tokens in job.lengths:
         for name, fields in _cases(job, tokens):
-            one = watch.together(lambda: _measure(worker, job, watch, tokens, name, fields))  # noqa: B023
+            one = watch.together(lambda: measure_one(worker, job, watch, tokens, name, fields))  # noqa: B023
             if one is not None:
                 found.append(one)
                 if worker.rank == 0:
@@ -108,10 +108,15 @@ def _cases(job: Job, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield family, {"variant": "blocksparse", **sizes, **fields}
 
 
-def _measure(
-    worker: Worker, job: Job, watch: Stopwatch, tokens: int, name: str, fields: dict[str, Any]
+def measure_one(
+    worker: Worker, job: Any, watch: Stopwatch, tokens: int, name: str, fields: dict[str, Any]
 ) -> dict[str, Any] | None:
-    dense = fields["variant"] == "standard"
+    """A row: of dense attention if there are no patterns.
+
+    Args:
+        job: its ``dtype`` and ``turns`` are looked at.
+    """
+    dense = "patterns" not in fields
     if dense and _flops(tokens, fields) / worker.world / _rate(worker) > DENSE_SECONDS:
         return None
     case = _Case(worker, job, registry.create(fields), tokens)
@@ -135,7 +140,7 @@ def _measure(
 
 def _flops(tokens: int, fields: dict[str, Any]) -> float:
     """Of a forward and backward."""
-    pairs = tokens**2 / (2 if fields["causal"] else 1)
+    pairs = tokens**2 / (2 if fields.get("causal") else 1)
     return 3.5 * 4 * pairs * HEADS * HEAD_DIM
 
 
@@ -145,7 +150,7 @@ def _rate(worker: Worker) -> float:
 
 
 class _Case:
-    def __init__(self, worker: Worker, job: Job, attention: Any, tokens: int) -> None:
+    def __init__(self, worker: Worker, job: Any, attention: Any, tokens: int) -> None:
         self.worker, self.attention, self.tokens = worker, attention, tokens
         self.plan, self.dtype = attention.plan(tokens), getattr(torch, job.dtype)
         self.q, self.k, self.v, self.dout = (
@@ -177,12 +182,12 @@ class _Case:
         q, k, v, dout = (self._whole(which)[0] for which in range(4))
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         scale = HEAD_DIM**-0.5
-        held = {
-            token for run in self.plan.plan.queries.rows[self.plan.rank] for token in _ends(run)
-        }
-        for token in sorted(held):
+        queries = self.plan.plan.queries
+        held = {place for run in queries.rows[self.plan.rank] for place in _ends(run)}
+        for place in sorted(held):
+            token = place if queries.order is None else int(queries.order.tokens()[place])
             for head in (0, HEADS - 1):
-                keys = self._seen_by(token, head)
+                keys = self._seen_by(place, head)
                 weights = torch.softmax(k[keys, head].double() @ q[token, head].double() * scale, 0)
                 right = weights @ v[keys, head].double()
                 given = dout[token, head].double()
@@ -191,16 +196,16 @@ class _Case:
                 pairs.setdefault("dq", []).append(
                     (found[1][0, token, head], slopes @ k[keys, head].double())
                 )
-                queries = self._seeing(token, head)
-                if queries is None:
+                seeing = self._seeing(place, head)
+                if seeing is None:
                     continue
-                scores = q[queries, head].double() @ k[token, head].double() * scale
-                weights = torch.exp(scores - lse[0, head, queries].double())
-                given = dout[queries, head].double()
-                delta = (given * found[0][0, queries, head].double()).sum(-1)
+                scores = q[seeing, head].double() @ k[token, head].double() * scale
+                weights = torch.exp(scores - lse[0, head, seeing].double())
+                given = dout[seeing, head].double()
+                delta = (given * found[0][0, seeing, head].double()).sum(-1)
                 slopes = weights * (given @ v[token, head].double() - delta) * scale
                 pairs.setdefault("dk", []).append(
-                    (found[2][0, token, head], slopes @ q[queries, head].double())
+                    (found[2][0, token, head], slopes @ q[seeing, head].double())
                 )
                 pairs.setdefault("dv", []).append((found[3][0, token, head], weights @ given))
         return {
@@ -211,40 +216,39 @@ class _Case:
             for name, each in pairs.items()
         }
 
-    def _seen_by(self, token: int, head: int) -> Tensor:
-        """The keys that a query of this rank sees."""
+    def _seen_by(self, place: int, head: int) -> Tensor:
+        """The keys that the query at a place sees."""
         scene, patterns = self._scene, self._patterns(head)
-        block = token // scene.block_q
+        block = place // scene.block_q
         found = candidates(scene, patterns, scene.blocks(torch.tensor([block])), head)
         blocks, whole = found.block, found.whole
         choice = self.attention._latest[3]
         if choice is not None:
-            place = int((choice.index == block).nonzero())
-            more = [choice.blocks[p][0, head, place] for p in patterns if p.chosen]
+            index = int((choice.index == block).nonzero())
+            more = [choice.blocks[p][0, head, index] for p in patterns if p.chosen]
             blocks = torch.unique(torch.cat([x[x >= 0].cpu() for x in more]))
             whole = torch.ones_like(blocks, dtype=torch.bool)
-        tokens, keys = self._sides(token, blocks, scene.block_kv)
-        shown = seen(scene, patterns, tokens, keys, whole)
-        return keys.tokens()[0][shown[:, 0]].to(self.worker.device)
+        mine, keys = self._sides(place, blocks, scene.block_kv)
+        shown = seen(scene, patterns, mine, keys, whole)
+        return keys.tokens(scene.order)[0][shown[:, 0]].to(self.worker.device)
 
-    def _seeing(self, token: int, head: int) -> Tensor | None:
-        """The queries that see a key; None where tensors choose, on whatever rank."""
+    def _seeing(self, place: int, head: int) -> Tensor | None:
+        """The queries that see the key at a place; None where tensors choose, on whatever rank."""
         scene, patterns = self._scene, self._patterns(head)
         if any(pattern.chosen for pattern in patterns):
             return None
-        known, block = active(scene, patterns, head), token // scene.block_kv
+        known, block = active(scene, patterns, head), place // scene.block_kv
         pairs = (known.block == block).nonzero().squeeze(1)
         index = torch.searchsorted(known.start, pairs, right=True) - 1
         found = candidates(scene, patterns, scene.blocks(index), head)
         there = found.block == block
-        tokens, queries = self._sides(token, index[found.query[there]], scene.block_q)
-        shown = seen(scene, patterns, queries, tokens, found.whole[there])
-        return queries.tokens()[0][shown[:, :, 0]].to(self.worker.device)
+        key, queries = self._sides(place, index[found.query[there]], scene.block_q)
+        shown = seen(scene, patterns, queries, key, found.whole[there])
+        return queries.tokens(scene.order)[0][shown[:, :, 0]].to(self.worker.device)
 
-    def _sides(self, token: int, blocks: Tensor, size: int) -> tuple[Span, Span]:
-        one, first = torch.full_like(blocks, token), blocks * size
-        last = (first + size - 1).clamp_max(self.tokens - 1)
-        return Span(one, one, 1), Span(first, last, size)
+    def _sides(self, place: int, blocks: Tensor, size: int) -> tuple[Span, Span]:
+        one = torch.full_like(blocks, place)
+        return Span(one, one, 1), Span.of(self._scene, blocks, size)
 
     @property
     def _scene(self) -> Scene:

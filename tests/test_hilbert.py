@@ -193,6 +193,13 @@ GRIDS = {
         "patterns": ({"kind": "neighborhood", "radius": (1, 1, 2)},),
         "causal": True,
     },
+    "video, causal in time": {
+        "grid": (4, 3, 5),
+        "patterns": (
+            {"kind": "neighborhood", "radius": (2, 1, 1), "causal_axes": (0,), "heads": [0]},
+            {"kind": "neighborhood", "radius": 9, "causal_axes": (0,), "heads": [1]},
+        ),
+    },
     "other kinds": {
         "grid": (6, 7),
         "patterns": (
@@ -421,6 +428,7 @@ def test_the_preset_runs():
         ({"grid": {4, 5}}, "a set has no order"),
         ({"grid": (4, 0)}, "greater than or equal to 1"),
         ({"grid": (4, 4), "patterns": [{**NEAR, "radius": (1, 2, 3)}]}, "give radius for each"),
+        ({"grid": (4, 4), "patterns": [{**NEAR, "causal_axes": (2,)}]}, "counted from 0 to 1"),
         ({"order": "peano"}, "'hilbert', 'morton', 'tile'"),
         ({"patterns": [NEAR], "grid": (4, 4), "segment_lengths": (8,), "dilation_rates": (1,)},
          "not defined"),

@@ -143,15 +143,23 @@ class Neighborhood(GridPattern):
     kind: Literal["neighborhood"] = "neighborhood"
     radius: Natural | tuple[Natural, ...]
     """Chebyshev radius: one number, or one for each axis."""
+    causal_axes: tuple[Natural, ...] = ()
+    """Axes along which nothing behind a query is seen: of a video (0,) is causal in time, whole
+    frames at a time, where the config's ``causal`` goes by tokens."""
 
     @model_validator(mode="after")
     def _one_for_each_axis(self) -> Self:
         _check_axes(self.grid, radius=self.radius)
+        if self.grid is not None and any(axis >= len(self.grid) for axis in self.causal_axes):
+            raise ValueError(
+                f"causal_axes={self.causal_axes} and grid={self.grid}: axes are counted from 0 to "
+                f"{len(self.grid) - 1}"
+            )
         return self
 
     def seen(self, axis: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         radius = _at(self.radius, axis)
-        return low - radius, high + radius
+        return low - radius, high if axis in self.causal_axes else high + radius
 
 
 class WindowBlocks(GridPattern):

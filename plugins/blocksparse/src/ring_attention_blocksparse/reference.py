@@ -100,8 +100,11 @@ def _pairs(
             if isinstance(radius, int):
                 radius = (radius,) * len(pattern.grid)
             found = torch.ones(length - prefix, length - prefix, dtype=torch.bool)
-            for cell, r in zip(_cells(pattern.grid), radius, strict=True):
-                found &= (cell[:, None] - cell[None, :]).abs() <= r
+            for axis, (cell, r) in enumerate(zip(_cells(pattern.grid), radius, strict=True)):
+                apart = cell[None, :] - cell[:, None]
+                found &= apart.abs() <= r
+                if axis in pattern.causal_axes:
+                    found &= apart <= 0
             found = torch.nn.functional.pad(found, (prefix, 0, prefix, 0))
         case "window_blocks":
             shift = pattern.shift
