@@ -23,7 +23,7 @@ def test_patches_and_back():
 
 
 def test_a_quick_run_agrees_and_writes_both(tmp_path, capsys):
-    words = ["--processes", "2", "--patch", "24", "--steps", "4", "--output", str(tmp_path)]
+    words = ["--processes", "2", "--patch", "24", "--steps", "5", "--output", str(tmp_path)]
     assert main(words) == 0
     found = json.loads((tmp_path / "photograph.json").read_text())
     assert found["settings"]["patches"] == 25 * 21
