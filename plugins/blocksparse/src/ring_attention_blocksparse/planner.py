@@ -33,6 +33,7 @@ from ring_core.layout import (
 from ring_core.masks import Mask
 from ring_core.order import Order
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Segments, Tile
+from ring_core.rounds import elements_fetched
 from ring_core.sequences import Sequences
 from ring_core.tiling import Run, runs_of
 
@@ -42,6 +43,12 @@ time that the link does: not worth it where all rows between them are fewer than
 those needed."""
 _APART = 4
 """Queries between which more than one in so many of the shard's rows need nothing are two tiles."""
+
+
+_A_KEY = 2048
+"""Fetching a key and value costs a rank as much as computing so many pairs of a query and a key:
+four operations a pair and number at 400 TF/s, four bytes a key and number at 350 GB/s, gives 1143;
+and what travels is not always hidden."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,18 @@ class BlockPlan(Plan):
             shown += rows * float(self.degrees(part.scene).sum())
             left += rows * float(admitted_count(part.scene).sum())
         return shown / left if left else 0.0
+
+    def fetched(self) -> float:
+        """Keys that the rank which fetches most of them fetches: the mean over heads."""
+        heads = self.kv_heads or self.named_heads()
+        return max(elements_fetched(self, rank, heads) for rank in range(self.world)) / heads
+
+    def price(self) -> float:
+        """What the busiest rank computes and the one that fetches most fetches, in pairs of tokens,
+        for one batch row."""
+        area = max((one.scene.block_q * one.scene.block_kv for one in self.parts), default=1)
+        busiest = max(float(self.work(rank)) for rank in range(self.world))
+        return busiest * area + self.fetched() * _A_KEY
 
     def facts(self) -> Mapping[str, str]:
         chosen = any(pattern.chosen for pattern in self.patterns)
@@ -262,8 +281,11 @@ def plan_blocks(
     unplaced = contiguous(sequences.q_len, world)
     plan = BlockPlan(unplaced, unplaced, parts, patterns)
     unit = math.lcm(block_q, block_kv)
-    layout = replace(_layout(config.layout, plan, sequences.q_len, world, unit), order=order)
-    return replace(plan, queries=layout, keys=layout)
+    plans = []
+    for layout in _layouts(config.layout, plan, sequences.q_len, world, unit):
+        placed = replace(layout, order=order)
+        plans.append(replace(plan, queries=placed, keys=placed))
+    return plans[0] if len(plans) == 1 else min(plans, key=BlockPlan.price)
 
 
 def _parts(
@@ -276,7 +298,10 @@ def _parts(
         yield Part(batch, scene)
 
 
-def _layout(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: int) -> Layout:
+def _layouts(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: int) -> list[Layout]:
+    """The layout of that name. ``auto``: contiguous shards of whole blocks, and unless those are
+    about even the first that is, or the most even one."""
+
     def work(run: range) -> float:
         return sum(
             plan._cost(part.scene, [run]) * (1 if part.batch is None else len(part.batch))
@@ -284,12 +309,16 @@ def _layout(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: in
         )
 
     if name != "auto":
-        return {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}[name](length, world)
+        return [
+            {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}[name](length, world)
+        ]
     # Ranks hold whole blocks as far as that keeps them busy alike.
     count = -(-length // unit)
+    near = _scaled(contiguous(count, world), unit, length)
+    if imbalance(near, work) <= EVEN:
+        return [near]
     best: tuple[float, Layout] | None = None
     for layout in (
-        _scaled(contiguous(count, world), unit, length),
         _scaled(zigzag(count, world), unit, length),
         _scaled(
             balanced(count, world, lambda run: round(1024 * work(_tokens(run, unit, length)))),
@@ -301,11 +330,11 @@ def _layout(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: in
     ):
         found = imbalance(layout, work)
         if found <= EVEN:
-            return layout
+            return [near, layout]
         if best is None or found < best[0] / EVEN:
             best = found, layout
     assert best is not None
-    return best[1]
+    return [near, best[1]]
 
 
 def _scaled(layout: Layout, unit: int, length: int) -> Layout:

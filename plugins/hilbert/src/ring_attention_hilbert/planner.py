@@ -22,15 +22,9 @@ from ring_core.errors import InputError
 from ring_core.layout import Layout, joined
 from ring_core.order import Order
 from ring_core.plan import Plan
-from ring_core.rounds import elements_fetched
 from ring_core.sequences import Sequences
 
 logger = logging.getLogger("ring_attention_hilbert")
-
-_A_KEY = 2048
-"""Fetching a key and value costs a rank as much as computing so many pairs of a query and a key:
-four operations a pair and number at 400 TF/s, four bytes a key and number at 350 GB/s, gives 1143;
-and what travels is not always hidden."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Weighed:
     Attributes:
         name: of the order. blocks: active pairs of blocks of the whole sequence, mean over heads.
         fetched: of all keys, the largest share that a rank fetches. imbalance: see
-            :meth:`ring_core.plan.Plan.imbalance`. cost: of the busiest rank, in pairs of tokens.
+            :meth:`ring_core.plan.Plan.imbalance`. cost: the plan's price.
     """
 
     name: str
@@ -249,9 +243,4 @@ def _plan_sparse(
 def _weigh(plan: HilbertPlan, name: str) -> Weighed:
     scenes = [(part.scene, 1 if part.batch is None else len(part.batch)) for part in plan.parts]
     blocks = sum(rows * float(plan.degrees(scene).sum()) for scene, rows in scenes)
-    area = scenes[0][0].block_q * scenes[0][0].block_kv if scenes else 1
-    heads = plan.named_heads()
-    fetched = max(elements_fetched(plan, rank, heads) for rank in range(plan.world)) / heads
-    imbalance = plan.imbalance()
-    cost = blocks * area * imbalance / plan.world + fetched * _A_KEY
-    return Weighed(name, blocks, fetched / plan.keys.length, imbalance, cost)
+    return Weighed(name, blocks, plan.fetched() / plan.keys.length, plan.imbalance(), plan.price())
