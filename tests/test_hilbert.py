@@ -155,7 +155,6 @@ class TestHilbert(Conformance):
     sequences: ClassVar = {
         name: Conformance.sequences[name] for name in ("odd", "one token", "packed batch", "padded")
     }
-    half: ClassVar = {**Conformance.half, "seq_len": 256}
     test_without_a_plan = None  # shards are then of another order; see below
 
     def visible(self, case: Case) -> Tensor:
