@@ -13,7 +13,6 @@ tensor is really there; each rank draws the whole sequence alike and keeps its s
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene
 from torch import Tensor
 
-import hardware
+from page import WAYS, dense_lines, times, write
 from ring_core import registry
 from ring_core.launching import Worker, launch
 from timing import Stopwatch
@@ -271,9 +270,6 @@ HEADER = [
 ]
 
 
-WAYS = ("forward", "both")
-
-
 def table(many: list[dict[str, Any]], one: list[dict[str, Any]]) -> list[str]:
     """Markdown; pairs of figures are forward / with backward.
 
@@ -291,35 +287,22 @@ def table(many: list[dict[str, Any]], one: list[dict[str, Any]]) -> list[str]:
             f"{row['tokens']:,}",
             f"{row['density']:.4f}",
             *(f"{row[way]:.2f}" for way in WAYS),
-            _times(ring, row, 1, ".1f"),
-            _times(single, row, 1 / row["ranks"], ".1f"),
-            _times(single, row, row["density"] / row["ranks"], ".2f"),
-            _times(same, row, 1 / row["ranks"], ".2f"),
+            times(ring, row, 1, ".1f"),
+            times(single, row, 1 / row["ranks"], ".1f"),
+            times(single, row, row["density"] / row["ranks"], ".2f"),
+            times(same, row, 1 / row["ranks"], ".2f"),
             f"{row.get('MB sent', 0):,.1f}",
             " / ".join(f"{row[f'{way} bytes'] / 1e9:.1f}" for way in WAYS),
             f"{row['imbalance']:.3f}",
             ", ".join(f"{x:.1e}" for x in row["errors"].values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| dense | tokens | ranks | forward, ms | with backward, ms |"]
-    lines += ["|---|---|---|---|---|"]
-    for row in (*many, *one):
-        if "density" not in row:
-            times = " | ".join(f"{row[way]:.2f}" for way in WAYS)
-            lines.append(f"| {row['name']} | {row['tokens']:,} | {row['ranks']} | {times} |")
-    return lines
+    return [*lines, *dense_lines([*many, *one])]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     density = row.get("density")
     return row["name"], row["tokens"], None if density is None else round(density, 5)
-
-
-def _times(other: dict[str, Any] | None, row: dict[str, Any], factor: float, how: str) -> str:
-    """How many times faster a row is than another one, times a factor; nothing without it."""
-    if other is None:
-        return ""
-    return " / ".join(format(other[way] / row[way] * factor, how) for way in WAYS)
 
 
 def main() -> None:
@@ -350,20 +333,11 @@ def main() -> None:
     rows = table(many, one)
     print("\n".join(rows), flush=True)
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        name = f"{datetime.date.today().isoformat()}-blocksparse"
-        found = {"ranks": many, "one": one}
-        (options.output / f"{name}.json").write_text(json.dumps(found, indent=1))
-        page = [
-            f"# Block-sparse attention on {options.ranks} ranks, {HEADS} heads of {HEAD_DIM}, "
-            f"{job.dtype}, blocks of {BLOCK}",
-            "",
-            *hardware.lines(options.output),
-            "",
-            *rows,
-            "",
-        ]
-        (options.output / f"{name}.md").write_text("\n".join(page))
+        title = (
+            f"Block-sparse attention on {options.ranks} ranks, {HEADS} heads of {HEAD_DIM}, "
+            f"{job.dtype}, blocks of {BLOCK}"
+        )
+        write(options.output, "blocksparse", title, rows, {"ranks": many, "one": one})
 
 
 if __name__ == "__main__":

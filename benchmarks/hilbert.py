@@ -9,7 +9,6 @@ Figures are medians of the slowest rank; errors are those of ``benchmarks/blocks
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 
-import hardware
-from blocksparse import HEAD_DIM, HEADS, WAYS, measure_one
+from blocksparse import HEAD_DIM, HEADS, measure_one
+from page import WAYS, dense_lines, times, write
 from ring_core.launching import Worker, launch
 from timing import Stopwatch
 
@@ -112,30 +111,17 @@ def table(many: list[dict[str, Any]], one: list[dict[str, Any]]) -> list[str]:
         cells = [
             row["name"],
             *(f"{row[way]:.2f}" for way in WAYS),
-            _times(here.get((in_rows, tokens)), row, 1, ".2f"),
-            _times(here.get(("dense", tokens)), row, 1, ".1f"),
-            _times(alone.get(("dense", tokens)), row, 1 / row["ranks"], ".1f"),
+            times(here.get((in_rows, tokens)), row, 1, ".2f"),
+            times(here.get(("dense", tokens)), row, 1, ".1f"),
+            times(alone.get(("dense", tokens)), row, 1 / row["ranks"], ".1f"),
             f"{row['density']:.4f}",
-            _times(alone.get((row["name"], tokens)), row, 1 / row["ranks"], ".2f"),
+            times(alone.get((row["name"], tokens)), row, 1 / row["ranks"], ".2f"),
             f"{row.get('MB sent', 0):,.1f}",
             f"{row['imbalance']:.3f}",
             ", ".join(f"{x:.1e}" for x in row["errors"].values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| dense | tokens | ranks | forward, ms | with backward, ms |"]
-    lines += ["|---|---|---|---|---|"]
-    for row in (*many, *one):
-        if "density" not in row:
-            times = " | ".join(f"{row[way]:.2f}" for way in WAYS)
-            lines.append(f"| {row['name']} | {row['tokens']:,} | {row['ranks']} | {times} |")
-    return lines
-
-
-def _times(other: dict[str, Any] | None, row: dict[str, Any], factor: float, how: str) -> str:
-    """How many times faster a row is than another one, times a factor; nothing without it."""
-    if other is None:
-        return ""
-    return " / ".join(format(other[way] / row[way] * factor, how) for way in WAYS)
+    return [*lines, *dense_lines([*many, *one])]
 
 
 def main() -> None:
@@ -159,20 +145,11 @@ def main() -> None:
     rows = table(many, one)
     print("\n".join(rows), flush=True)
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        name = f"{datetime.date.today().isoformat()}-hilbert"
-        found = {"ranks": many, "one": one}
-        (options.output / f"{name}.json").write_text(json.dumps(found, indent=1))
-        page = [
-            f"# Neighbourhoods along curves on {options.ranks} ranks, {HEADS} heads of {HEAD_DIM}, "
-            f"{job.dtype}",
-            "",
-            *hardware.lines(options.output),
-            "",
-            *rows,
-            "",
-        ]
-        (options.output / f"{name}.md").write_text("\n".join(page))
+        title = (
+            f"Neighbourhoods along curves on {options.ranks} ranks, {HEADS} heads of {HEAD_DIM}, "
+            f"{job.dtype}"
+        )
+        write(options.output, "hilbert", title, rows, {"ranks": many, "one": one})
 
 
 if __name__ == "__main__":

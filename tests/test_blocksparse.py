@@ -6,40 +6,21 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from ring_attention_blocksparse import reference as patterns_reference
 from ring_attention_blocksparse.config import BlockSparseConfig
 
+import by_definition
 from in_rounds import run_in_rounds
 from ring_core import registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
-from ring_core.testing.case import expected_of, visible_of
+from ring_core.testing.case import expected_of
 from ring_core.testing.tasks import build
 
 
 def shown(case: Case) -> torch.Tensor:
-    """bool [B, H, S, S]: the patterns' own reference, batch row by batch row."""
     config = BlockSparseConfig(**case.fields)
-    mask = visible_of(case).expand(case.batch, 1, case.q_len, case.k_len)[:, 0]
-    if config.patterns is None:
-        return mask[:, None]
-    q, k, *_ = case.tensors()
-    starts = case.cu_seqlens[:-1] if case.cu_seqlens is not None else (0,)
-    rows = [
-        patterns_reference.shown(
-            config.patterns,
-            mask[b],
-            case.kv_heads,
-            block_q=config.block_q,
-            block_kv=config.block_kv,
-            starts=[start for start in starts if start < case.q_len],
-            q=q[b],
-            k=k[b],
-        )
-        for b in range(case.batch)
-    ]
-    return torch.stack(rows).repeat_interleave(case.heads // case.kv_heads, dim=1)
+    return by_definition.shown(case, config, config.patterns)
 
 
 def small(*patterns: dict[str, Any], block_q: int = 4, block_kv: int = 4, **fields: Any) -> Any:
@@ -82,18 +63,10 @@ class TestBlockSparse(Conformance):
         return shown(case)
 
     def hidden(self, case: Case) -> torch.Tensor:
-        """Where blocks are chosen, all tokens of visible blocks have a say in it."""
         config = BlockSparseConfig(**case.fields)
-        if not any(pattern.chosen for pattern in config.patterns):
+        if not by_definition.chooses(config):
             return super().hidden(case)
-        mask = visible_of(case).expand(case.batch, 1, case.q_len, case.k_len)[:, 0]
-        size_q, size_kv = config.block_q, config.block_kv
-        first = case.q_len // 2 // size_q * size_q
-        seen = mask[:, first : first + size_q].any(1)
-        blocks = torch.nn.functional.pad(seen, (0, -case.k_len % size_kv)).unflatten(
-            1, (-1, size_kv)
-        )
-        return ~blocks.any(2).repeat_interleave(size_kv, dim=1)[:, : case.k_len]
+        return by_definition.out_of_sight(case, config)
 
 
 # What moves

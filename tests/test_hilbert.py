@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ring_attention_blocksparse import reference as patterns_reference
 from ring_attention_blocksparse.grids import Neighborhood
 from ring_attention_blocksparse.pairs import active
 from ring_attention_blocksparse.scene import Scene
@@ -20,13 +19,14 @@ from ring_attention_hilbert.orders import GridOrder
 from ring_attention_hilbert.planner import order_of
 from torch import Tensor
 
+import by_definition
 from ring_core import registry
 from ring_core.errors import ConfigError, InputError
 from ring_core.masks import Band
 from ring_core.rounds import elements_fetched
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
-from ring_core.testing.case import Result, expected_of, run_case, visible_of
+from ring_core.testing.case import Result, expected_of, run_case
 
 ORDERS = ("hilbert", "morton", "tile", "row")
 SMALL = {"block_q": 4, "block_kv": 8}
@@ -103,31 +103,9 @@ def test_active_blocks(grid, radius, block, counts):
 
 
 def shown(case: Case) -> Tensor:
-    """bool [B, H, S, S], or what broadcasts to it."""
     config = HilbertConfig(**case.fields)
-    mask = visible_of(case)
-    if config.patterns is None:
-        return mask
-    mask = mask.expand(case.batch, 1, case.q_len, case.k_len)[:, 0]
-    q, k, *_ = case.tensors()
     order = order_of(config, config.order, case.q_len)
-    starts = case.cu_seqlens[:-1] if case.cu_seqlens is not None else (0,)
-    rows = [
-        patterns_reference.shown(
-            config.resolved() or (),
-            mask[b],
-            case.kv_heads,
-            block_q=config.block_q,
-            block_kv=config.block_kv,
-            starts=[start for start in starts if start < case.q_len],
-            q=q[b],
-            k=k[b],
-            tokens=None if order is None else order.tokens(),
-            prefix=config.prefix,
-        )
-        for b in range(case.batch)
-    ]
-    return torch.stack(rows).repeat_interleave(case.heads // case.kv_heads, dim=1)
+    return by_definition.shown(case, config, config.resolved(), order, config.prefix)
 
 
 class TestHilbert(Conformance):
@@ -161,20 +139,11 @@ class TestHilbert(Conformance):
         return shown(case)
 
     def hidden(self, case: Case) -> Tensor:
-        """Where blocks are chosen, all tokens of visible blocks have a say in it."""
         config = HilbertConfig(**case.fields)
-        if not any(pattern.chosen for pattern in config.patterns or ()):
+        if not by_definition.chooses(config):
             return super().hidden(case)
-        mask = visible_of(case).expand(case.batch, 1, case.q_len, case.k_len)[:, 0]
         order = order_of(config, config.order, case.q_len)
-        along = mask[:, order.tokens()][:, :, order.tokens()]
-        first = int(order.places()[case.q_len // 2]) // config.block_q * config.block_q
-        seen = along[:, first : first + config.block_q].any(1)
-        blocks = torch.nn.functional.pad(seen, (0, -case.k_len % config.block_kv)).unflatten(
-            1, (-1, config.block_kv)
-        )
-        visible = blocks.any(2).repeat_interleave(config.block_kv, dim=1)[:, : case.k_len]
-        return ~visible[:, order.places()]
+        return by_definition.out_of_sight(case, config, order)
 
 
 GRIDS = {

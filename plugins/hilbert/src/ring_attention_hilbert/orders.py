@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod, sqrt
+from math import ceil, sqrt
 from typing import Literal
 
 import torch
@@ -66,8 +66,3 @@ def walked(curve: Curve, grid: tuple[int, ...], block: int) -> Tensor:
     if curve == "tile":
         return curves.tile(grid, block)
     return {"hilbert": curves.hilbert, "morton": curves.morton}[curve](grid)
-
-
-def cells_of(grid: tuple[int, ...]) -> int:
-    """How many there are."""
-    return prod(grid)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ring_attention_hilbert.config import HilbertConfig
 from ring_attention_hilbert.everything import Everything
-from ring_attention_hilbert.orders import CURVES, Curve, FoldedOrder, GridOrder, cells_of
+from ring_attention_hilbert.orders import CURVES, Curve, FoldedOrder, GridOrder
 from ring_core.errors import InputError
 from ring_core.layout import Layout, joined
 from ring_core.order import Order
@@ -119,7 +120,7 @@ class ArrangedPlan(BranchPlan):
 def _check_length(config: HilbertConfig, sequences: Sequences) -> None:
     if config.grid is None:
         return
-    expected = config.prefix + cells_of(config.grid)
+    expected = config.prefix + prod(config.grid)
     if sequences.q_len != expected or (sequences.cross and sequences.kv_len != expected):
         given = f"{sequences.q_len}" + (f" and {sequences.kv_len}" if sequences.cross else "")
         before = f" and prefix={config.prefix}" if config.prefix else ""
