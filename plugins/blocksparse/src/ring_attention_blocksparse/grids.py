@@ -96,6 +96,8 @@ class GridPattern(Pattern):
         for low, high in box:
             volume = volume * (high - low + 1)
         is_box = volume == cells
+        if scene.order is not None and not scene.is_open:
+            is_box = torch.zeros_like(is_box)
         theirs, count = self._boxes(scene, found.block, scene.block_kv)
         whole = (cells == _size(scene, q.index, scene.block_q))[found.query]
         whole &= count == _size(scene, found.block, scene.block_kv)

@@ -50,8 +50,10 @@ def active(scene: Scene, patterns: tuple[Pattern, ...], head: int) -> Active:
     found = candidates(scene, patterns, q, head)
     key_first, key_last = scene.keys(found.block)
     clear = admitted(scene, q.first[found.query], q.last[found.query], key_first, key_last)
-    surely = clear.some if scene.order is None else clear.whole
-    sure = (found.whole & surely) | (found.some & clear.whole)
+    if scene.order is None:
+        sure = (found.whole & clear.some) | (found.some & clear.whole)
+    else:
+        sure = (found.whole & clear.whole) | found.some
     doubtful = (~sure & clear.some).nonzero().squeeze(1)
     kept = sure.clone()
     step = max(1, PAIRS // (scene.block_q * scene.block_kv))

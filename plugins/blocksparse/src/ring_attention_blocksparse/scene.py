@@ -21,6 +21,9 @@ from ring_core.masks import Band
 if TYPE_CHECKING:
     from ring_core.order import Order
 
+_TOGETHER = 1 << 24
+"""Runs of tokens looked at together."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -51,8 +54,8 @@ class Reach:
     Attributes:
         query: [m], a place in the query blocks that were asked for. block: [m], a key block.
         whole: bool [m], whether every token of the one surely sees every token of the other.
-        some: bool [m], whether some token of the one surely sees one of the other. Where neither
-            is sure, pairs of tokens are looked at.
+        some: bool [m], whether some token of the one surely sees one of the other; in an order
+            under the mask, too. Where neither is sure, pairs of tokens are looked at.
     """
 
     query: Tensor
@@ -226,8 +229,14 @@ class Scene:
                 torch.searchsorted(starts, x.clamp(0, self.length - 1), right=True) - 1
                 for x in (first, last)
             )
-            which, place = ragged((end - begin + 1).masked_fill(none, 0))
-            key = torch.unique(query[which] * self.key_blocks + blocks[begin[which] + place])
+            count = (end - begin + 1).masked_fill(none, 0)
+            keys = []
+            for some in _portions(count):
+                which, place = ragged(count[some])
+                which = some[which]
+                found = query[which] * self.key_blocks + blocks[begin[which] + place]
+                keys.append(torch.unique(found))
+            key = torch.unique(torch.cat(keys)) if keys else query
             never = torch.zeros_like(key, dtype=torch.bool)
             return Reach(key // self.key_blocks, key % self.key_blocks, never, never)
         low, high = (x[query] for x in self.visible(q))
@@ -243,6 +252,8 @@ class Scene:
     def offsets(self, q: Blocks, step: int, low: int | None, high: int | None) -> Reach:
         """Key blocks with a token whose distance ``j - i`` from a query is a multiple of ``step``,
         and from ``low`` to ``high`` (None: unbounded)."""
+        if self.order is not None and step == 1:
+            return self._windows(q, low, high)
         each = torch.arange(len(q.index), device=q.device)
         seen_first, seen_last = self._visible_tokens(q)
         if step > self.block_kv:
@@ -273,6 +284,38 @@ class Scene:
         whole = inside if step == 1 else torch.zeros_like(inside)
         some = hit if self.order is None else torch.zeros_like(hit)
         return Reach(found.query, found.block, whole, some).where(hit)
+
+    def _windows(self, q: Blocks, low: int | None, high: int | None) -> Reach:
+        """:meth:`offsets` of all distances from ``low`` <= 0 to ``high`` >= 0, in an order.
+
+        What neighbouring tokens see under the mask overlaps or touches, as every one sees itself:
+        of a run of them it is one range, and all of it is seen by some.
+        """
+        assert self.order is not None
+        known = _runs(self.order, self.block_q, q.device)
+        query, place = ragged(known.start.diff()[q.index])
+        run = known.start[q.index][query] + place
+        first, last = known.first[run], known.last[run].clamp_max(self.stop - 1)
+        held = first <= last
+        query, first, last = query[held], first[held], last[held]
+        lo, hi = self.bounds(first)[0], self.bounds(last)[1]
+        if low is not None:
+            lo = torch.maximum(lo, first + low)
+        if high is not None:
+            hi = torch.minimum(hi, last + high)
+        # Ranges of one block that overlap are one.
+        apart = torch.ones_like(query, dtype=torch.bool)
+        apart[1:] = (query[1:] != query[:-1]) | (lo[1:] > hi[:-1] + 1)
+        ends = torch.ones_like(apart)
+        ends[:-1] = apart[1:]
+        found = self.between(q, query[apart], lo[apart], hi[ends])
+        first, last = self.keys(found.block)
+        whole = torch.ones_like(found.some)
+        if low is not None:
+            whole &= first - q.last[found.query] >= low
+        if high is not None:
+            whole &= last - q.first[found.query] <= high
+        return Reach(found.query, found.block, whole, torch.ones_like(whole))
 
     def _visible_tokens(self, q: Blocks) -> tuple[Tensor, Tensor]:
         """Tokens before and behind which the mask lets blocks see nothing."""
@@ -322,3 +365,32 @@ def _strips(order: Order, size: int, device: torch.device) -> tuple[Tensor, Tens
         block = order.places(device) // size
         starts = torch.cat([block.new_zeros(1), (block.diff() != 0).nonzero().squeeze(1) + 1])
         return starts, block[starts]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of neighbouring tokens by block: those of block i are ``start[i]`` to ``start[i + 1]``,
+    ascending."""
+
+    start: Tensor
+    first: Tensor
+    last: Tensor
+
+
+@lru_cache(maxsize=64)
+def _runs(order: Order, size: int, device: torch.device) -> _Runs:
+    with torch.inference_mode(False):
+        first, block = _strips(order, size, device)
+        length = len(order.tokens(device))
+        last = torch.cat([first[1:], first.new_full((1,), length)]) - 1
+        by_block = torch.argsort(block, stable=True)
+        edges = torch.arange(-(-length // size) + 1, device=device)
+        start = torch.searchsorted(block[by_block], edges)
+        return _Runs(start, first[by_block], last[by_block])
+
+
+def _portions(count: Tensor) -> list[Tensor]:
+    """Indices of counts [n], in portions whose sums are not much over :data:`_TOGETHER`."""
+    portion = count.cumsum(0) // _TOGETHER
+    sizes = torch.unique_consecutive(portion, return_counts=True)[1].tolist()
+    return list(torch.split(torch.arange(len(count), device=count.device), sizes))
