@@ -165,7 +165,7 @@ class RankPlan:
         """For each token, its row among all ranks' shards end to end."""
         layout = self._layout(kv)
         positions = torch.cat([layout.positions(rank) for rank in range(self.world)])
-        origin = torch.empty(layout.length, dtype=torch.int64)
+        origin = torch.empty(layout.length, dtype=torch.int64, device="cpu")
         held = positions >= 0
         origin[positions[held]] = torch.nonzero(held).flatten()
         return origin

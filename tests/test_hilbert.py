@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ring_attention_blocksparse.grids import Neighborhood
 from ring_attention_blocksparse.pairs import active
+from ring_attention_blocksparse.patterns import GlobalTokens
 from ring_attention_blocksparse.scene import Scene
 from ring_attention_hilbert import curves
 from ring_attention_hilbert.config import HilbertConfig
@@ -347,6 +348,28 @@ def test_shards_without_a_plan(cpu_pool: RankPool):
     assert max(cpu_pool.run(without_a_plan, {**fields, "order": "row"}, world=3)) < 1e-12
     for message in cpu_pool.run(without_a_plan, fields, world=3):
         assert "patterns of whole blocks along order='hilbert'" in message
+
+
+def test_plans_whatever_the_default_device():
+    fields = {"grid": (6, 7), "patterns": [NEAR], **SMALL}
+    x = torch.randn(1, 42, 2, 8)
+    for order in ORDERS:
+        attention = registry.create("hilbert", order=order, **fields)
+        with torch.device("meta"):
+            plan = attention.plan(42)
+            assert torch.equal(plan.unshard(plan.shard(x)), x)
+            assert plan.plan.walk[1].device.type == "cpu"
+
+
+def test_blocks_of_a_prefix_are_known_to_be_whole():
+    """And not looked at token by token: a long prefix costs little."""
+    scene = Scene(
+        64 + 1024, (range(1088),), Band(), 16, 16, GridOrder("hilbert", (32, 32), 64, 16), 64
+    )
+    tokens = GlobalTokens(ids=tuple(range(64)))
+    reach = tokens.reach(scene, scene.blocks(torch.arange(68)), 0)
+    assert reach.whole.all()
+    assert len(torch.unique(reach.query * 68 + reach.block)) == 2 * 4 * 68 - 16
 
 
 def test_auto_never_lets_the_world_change_what_is_drawn():

@@ -103,7 +103,7 @@ def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
                 continue
             for b in range(first, first + rows):
                 found = [choice.blocks[pattern][b, head].cpu() for pattern in chosen]
-                place = torch.arange(len(index))[:, None] * scene.key_blocks
+                place = torch.arange(len(index), device="cpu")[:, None] * scene.key_blocks
                 more = [(place + x)[x >= 0] for x in found]
                 shown += len(torch.unique(torch.cat([keys, *more])))
     return shown / left if left else 0.0

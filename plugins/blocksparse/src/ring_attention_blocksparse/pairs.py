@@ -95,7 +95,7 @@ def visible_block(scene: Scene, q: Blocks, query: Tensor, place: Tensor) -> Tens
     return block[start[q.index[query]] + place]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _visible(scene: Scene) -> Active:
     """Pairs of blocks of which the mask lets some pair of tokens through, in an order."""
     blocks, counts = [], []

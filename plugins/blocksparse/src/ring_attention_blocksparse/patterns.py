@@ -189,7 +189,11 @@ class GlobalTokens(Pattern):
         )
         each = torch.arange(len(q.index), device=q.device)
         places = scene.places(ids)
-        inside = torch.isin(q.index, places // scene.block_q)
+        by_query, by_key = (
+            torch.bincount(places // size, minlength=-(-scene.length // size))
+            for size in (scene.block_q, scene.block_kv)
+        )
+        inside = by_query[q.index] > 0
         first = torch.zeros_like(each[inside])
         rows = scene.between(q, each[inside], first, first + scene.length - 1)
         # One token of each key block that holds some.
@@ -197,7 +201,14 @@ class GlobalTokens(Pattern):
         held[places // scene.block_kv] = ids
         columns = held[held >= 0]
         query, columns = each.repeat_interleave(len(columns)), columns.repeat(len(each))
-        return Reach.together([rows, scene.between(q, query, columns, columns)])
+        found = Reach.together([rows, scene.between(q, query, columns, columns)])
+        # Blocks of such tokens alone see and are seen whole.
+        index, all_q = q.index[found.query], scene.block_q
+        whole = by_query[index] == (scene.length - index * all_q).clamp_max(all_q)
+        all_kv = scene.block_kv
+        whole |= by_key[found.block] == (scene.length - found.block * all_kv).clamp_max(all_kv)
+        some = torch.ones_like(whole) if scene.order is None or scene.is_open else found.some
+        return Reach(found.query, found.block, whole, some)
 
     def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
         chosen = _among(self.ids, scene.length, i.device)

@@ -136,7 +136,10 @@ class _Boxes:
         for case, boxes in parts:
             count[case] = len(boxes)
         first, total = count.cumsum(0) - count, int(count.sum())
-        columns = [torch.empty(total, dtype=torch.int64) for _ in range(1 + 2 * len(self.axes))]
+        columns = [
+            torch.empty(total, dtype=torch.int64, device="cpu")
+            for _ in range(1 + 2 * len(self.axes))
+        ]
         for case, boxes in parts:
             for n, box in enumerate(boxes):
                 for into, column in zip(columns, box.columns(), strict=True):

@@ -86,7 +86,9 @@ class HilbertPlan(BlockPlan):
         if self.grid is None or not self.parts:
             return None
         prefix, order = self.parts[0].scene.prefix, self.queries.order
-        tokens = torch.arange(self.queries.length) if order is None else order.tokens()
+        tokens = (
+            torch.arange(self.queries.length, device="cpu") if order is None else order.tokens()
+        )
         return self.grid, tokens[tokens >= prefix] - prefix
 
 
