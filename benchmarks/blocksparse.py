@@ -16,7 +16,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene
 from torch import Tensor
 
-from page import WAYS, dense_lines, times, write
+from page import WAYS, add_arguments, dense_lines, on_many_and_one, times, write
 from ring_core import registry
-from ring_core.launching import Worker, launch
+from ring_core.launching import Worker
 from timing import Stopwatch
 
 HEADS, HEAD_DIM, BLOCK = 8, 128, 128
@@ -307,15 +306,10 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    gpus = torch.cuda.device_count()
-    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    add_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--output", type=Path, help="folder for a dated page")
     options = parser.parse_args()
     job = Job(
         tuple(options.lengths),
@@ -325,11 +319,7 @@ def main() -> None:
         options.dtype,
         options.kernel,
     )
-    device_type = "cuda" if gpus else "cpu"
-    many, one = (
-        launch(measure, job, processes=ranks, device_type=device_type)[0]
-        for ranks in (options.ranks, 1)
-    )
+    many, one = on_many_and_one(measure, job, options.ranks)
     rows = table(many, one)
     print("\n".join(rows), flush=True)
     if options.output:

@@ -12,14 +12,11 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from blocksparse import HEAD_DIM, HEADS, measure_one
-from page import WAYS, dense_lines, times, write
-from ring_core.launching import Worker, launch
+from page import WAYS, add_arguments, dense_lines, on_many_and_one, times, write
+from ring_core.launching import Worker
 from timing import Stopwatch
 
 ORDERS = ("row", "hilbert", "morton", "tile")
@@ -126,22 +123,13 @@ def table(many: list[dict[str, Any]], one: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    gpus = torch.cuda.device_count()
-    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    add_arguments(parser)
     parser.add_argument("--most", type=int, default=1 << 20, help="cells of the largest grid")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--output", type=Path, help="folder for a dated page")
     options = parser.parse_args()
     shapes = tuple(shape for shape in SHAPES if math.prod(shape.grid) <= options.most)
     job = Job(shapes, tuple(options.orders), options.turns, options.dtype, options.kernel)
-    device_type = "cuda" if gpus else "cpu"
-    many, one = (
-        launch(measure, job, processes=ranks, device_type=device_type)[0]
-        for ranks in (options.ranks, 1)
-    )
+    many, one = on_many_and_one(measure, job, options.ranks)
     rows = table(many, one)
     print("\n".join(rows), flush=True)
     if options.output:

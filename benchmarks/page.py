@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import hardware
+from ring_core.launching import Worker, launch
 
 WAYS = ("forward", "both")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every such script has."""
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, help="folder for a dated page")
+
+
+def on_many_and_one(
+    measure: Callable[[Worker, Any], list[dict[str, Any]]], job: Any, ranks: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What rank 0 of so many found, and of one."""
+    device_type = "cuda" if torch.cuda.device_count() else "cpu"
+    many, one = (
+        launch(measure, job, processes=count, device_type=device_type)[0] for count in (ranks, 1)
+    )
+    return many, one
 
 
 def times(other: dict[str, Any] | None, row: dict[str, Any], factor: float, how: str) -> str:

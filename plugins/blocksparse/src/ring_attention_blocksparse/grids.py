@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     _Side = tuple[Tensor, Tensor]
 
 
+def by_axis(given: Any) -> Any:
+    """What is given for each axis, unless it has no order.
+
+    Raises:
+        ValueError: it is a set.
+    """
+    if isinstance(given, (set, frozenset)):
+        raise ValueError("a set has no order, and entry i belongs to axis i: give a list")
+    return given
+
+
 class GridPattern(Pattern):
     """A pattern whose query sees, along each axis, a range of coordinates of its own."""
 
@@ -32,9 +43,7 @@ class GridPattern(Pattern):
     @field_validator("grid", "radius", "shape", "shift", mode="before", check_fields=False)
     @classmethod
     def _in_order(cls, given: Any) -> Any:
-        if isinstance(given, (set, frozenset)):
-            raise ValueError("a set has no order, and entry i belongs to axis i: give a list")
-        return given
+        return by_axis(given)
 
     @property
     def axes(self) -> range:
@@ -99,8 +108,8 @@ class GridPattern(Pattern):
         if scene.order is not None and not scene.is_open:
             is_box = torch.zeros_like(is_box)
         theirs, count = self._boxes(scene, found.block, scene.block_kv)
-        whole = (cells == _size(scene, q.index, scene.block_q))[found.query]
-        whole &= count == _size(scene, found.block, scene.block_kv)
+        whole = (cells == scene.size_of(q.index, scene.block_q))[found.query]
+        whole &= count == scene.size_of(found.block, scene.block_kv)
         for axis in self.axes:
             mine = [x[found.query] for x in box[axis]]
             for coordinate in mine:  # what the first and the last see, those between see too
@@ -113,7 +122,7 @@ class GridPattern(Pattern):
         and how many cells they hold."""
         assert self.grid is not None
         if scene.order is None:
-            first, count = block * size - scene.prefix, _size(scene, block, size)
+            first, count = block * size - scene.prefix, scene.size_of(block, size)
             cells = (first + count).clamp_min(0).minimum(count)
             last = (first + count - 1).clamp_min(0)
             return self._box(first.clamp_min(0), last), cells
@@ -185,11 +194,6 @@ class WindowBlocks(GridPattern):
             (x - shift).div(size, rounding_mode="floor") * size + shift for x in (low, high)
         )
         return first, last + size - 1
-
-
-def _size(scene: Scene, block: Tensor, size: int) -> Tensor:
-    """How many tokens blocks of ``size`` places hold."""
-    return (scene.length - block * size).clamp_max(size)
 
 
 @lru_cache(maxsize=32)

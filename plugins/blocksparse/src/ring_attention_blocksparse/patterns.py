@@ -203,10 +203,9 @@ class GlobalTokens(Pattern):
         query, columns = each.repeat_interleave(len(columns)), columns.repeat(len(each))
         found = Reach.together([rows, scene.between(q, query, columns, columns)])
         # Blocks of such tokens alone see and are seen whole.
-        index, all_q = q.index[found.query], scene.block_q
-        whole = by_query[index] == (scene.length - index * all_q).clamp_max(all_q)
-        all_kv = scene.block_kv
-        whole |= by_key[found.block] == (scene.length - found.block * all_kv).clamp_max(all_kv)
+        index = q.index[found.query]
+        whole = by_query[index] == scene.size_of(index, scene.block_q)
+        whole |= by_key[found.block] == scene.size_of(found.block, scene.block_kv)
         some = torch.ones_like(whole) if scene.order is None or scene.is_open else found.some
         return Reach(found.query, found.block, whole, some)
 

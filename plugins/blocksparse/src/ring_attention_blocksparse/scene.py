@@ -143,6 +143,10 @@ class Scene:
         first = index * size
         return first, (first + size - 1).clamp_max(self.length - 1)
 
+    def size_of(self, block: Tensor, size: int) -> Tensor:
+        """How many tokens blocks of ``size`` places hold: the last one may be smaller."""
+        return (self.length - block * size).clamp_max(size)
+
     def places(self, token: Tensor) -> Tensor:
         """The places of some tokens."""
         return token if self.order is None else self.order.places(token.device)[token]

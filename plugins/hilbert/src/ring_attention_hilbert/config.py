@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ring_attention_blocksparse.config import BlockSparseConfig
-from ring_attention_blocksparse.grids import GridPattern
+from ring_attention_blocksparse.grids import GridPattern, by_axis
 from ring_attention_blocksparse.patterns import GlobalTokens, Pattern, Positive
 
 OrderName = Literal["auto", "hilbert", "morton", "tile", "row"]
@@ -36,10 +36,8 @@ class HilbertConfig(BlockSparseConfig):
 
     @field_validator("grid", mode="before")
     @classmethod
-    def _ordered(cls, given: Any) -> Any:
-        if isinstance(given, (set, frozenset)):
-            raise ValueError("a set has no order, and entry i belongs to axis i: give a list")
-        return given
+    def _in_order(cls, given: Any) -> Any:
+        return by_axis(given)
 
     @model_validator(mode="after")
     def _one_shape(self) -> Self:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.planner import BlockPlan, plan_blocks
-from ring_attention_standard.planner import BranchPlan, plan_branches
+from ring_attention_standard.planner import BranchPlan, band_of, plan_branches
 from torch import Tensor
 
 from ring_attention_hilbert.config import HilbertConfig
@@ -21,6 +21,7 @@ from ring_attention_hilbert.everything import Everything
 from ring_attention_hilbert.orders import CURVES, Curve, FoldedOrder, GridOrder
 from ring_core.errors import InputError
 from ring_core.layout import Layout, joined
+from ring_core.masks import Band
 from ring_core.order import Order
 from ring_core.plan import Plan
 from ring_core.sequences import Sequences
@@ -221,12 +222,12 @@ def _plan_dense(config: HilbertConfig, sequences: Sequences, world: int) -> Plan
         plan = plan_branches(config, sequences, world)
         fields = {key: getattr(plan, key) for key in ("queries", "keys", "documents")}
         return ArrangedPlan(**fields, band=plan.band, branches=plan.branches, order=order)
-    everything = plan_blocks(config, sequences, world, (Everything(),), order, config.prefix)
-    if all(part.scene.is_open for part in everything.parts):
-        plan = plan_branches(config, sequences, world)
+    whole = range(sequences.q_len)
+    if band_of(config) == Band() and all(one.q == whole for one in sequences.documents):
+        plan = plan_branches(config, sequences, world)  # without a mask places do as well as tokens
         layout = replace(plan.queries, order=order)
         return replace(plan, queries=layout, keys=layout)
-    return everything
+    return plan_blocks(config, sequences, world, (Everything(),), order, config.prefix)
 
 
 def _plan_sparse(
