@@ -55,6 +55,10 @@ class BaseRingAttention(nn.Module):
 
     config_class: ClassVar[type[RingAttentionConfig]] = RingAttentionConfig
 
+    rearranges: bool = False
+    """Whether plans may have tiles count rows in another order than the sequence's own: calls
+    without a plan must then find out."""
+
     config: RingAttentionConfig
 
     def __init__(
@@ -174,6 +178,9 @@ class BaseRingAttention(nn.Module):
         """
         if not torch.compiler.is_compiling():  # a graph is made of tensors and a plan
             self._check_types(q, k, v, plan)
+        alone = self.rearranges and groups.rank_and_world(self._target())[1] == 1
+        if plan is None and alone and q.ndim == k.ndim == 4:
+            plan = self._implied_plan(q, k)
         q, k, v = autocast(q, k, v)
         number = NO_PLAN if plan is None else plan.number
         rows = None if plan is None else plan.rearranged
@@ -218,13 +225,13 @@ class BaseRingAttention(nn.Module):
                 plan = self._implied_plan(q, k)
             self._check_plan(plan)
             check_against_plan(q, k, v, plan)
+            # Drawn from torch's CPU generator, so that checkpointing replays it.
+            drops = self.config.dropout and training
+            seed = int(torch.randint(2**62, ()).item()) if drops else 0
+            return self.resume(q, k, v, plan, training, wants, number, seed)
         except Exception as error:
             self._refuse(group, number, error)
             raise
-        # Drawn from torch's CPU generator, so that checkpointing replays it.
-        drops = self.config.dropout and training
-        seed = int(torch.randint(2**62, ()).item()) if drops else 0
-        return self.resume(q, k, v, plan, training, wants, number, seed)
 
     def resume(
         self,

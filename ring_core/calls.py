@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ring_core import engine
@@ -13,7 +14,6 @@ from ring_core.agreement import Signature, tag
 from ring_core.engine import Settings
 from ring_core.exchange import Exchange
 from ring_core.program import Program
-from ring_core.protocols import Communicator
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import Runtime, agreement_of
 
@@ -21,11 +21,15 @@ from ring_core.runtime import Runtime, agreement_of
 class Call:
     """One call of an attention on this rank, forward or backward.
 
+    A variant that does more than attend, such as exchanging heads before, subclasses it and
+    overrides :meth:`attended` and :meth:`differentiated`.
+
     Args:
         choose: what the attention chooses for a call by its tensors.
         number: of the call among all that the ranks of the group make; 0 with one rank.
         wants: of which of q, k and v gradients are wanted.
         seed: of the weights that are dropped.
+        also: what ranks compare beside what every call has, by name.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Call:
         training: bool,
         wants: tuple[bool, bool, bool],
         seed: int,
+        also: tuple[tuple[str, str], ...] = (),
     ) -> None:
         config = runtime.config
         dropout = config.dropout if training else 0.0
@@ -50,7 +55,7 @@ class Call:
         self.wants = wants
         self.signature: Signature | None = None
         if self.group is not None:
-            self.signature = runtime.signature(q, k, v, plan, dropout, wants)
+            self.signature = runtime.signature(q, k, v, plan, dropout, wants, also)
         self.settings = Settings(
             scale=config.scale(q.shape[-1]),
             overlap=config.overlap,
@@ -64,52 +69,99 @@ class Call:
         if self.group is not None and self.signature is not None:
             timeout = self.runtime.config.timeout
             agreement_of(self.group).check(self.number, self.signature, timeout)
-        program = self._program(q, v)
-        settings, communicator = self._tagged("forward"), self._communicator(q)
         with engine.quiet(q.device), _FailingAlike(self):
-            choice = self._choice(q, k, settings)
-            return engine.forward(program, q, k, v, communicator, settings, choice=choice)
+            return self.attended(q, k, v)
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         q, k, v, out, lse = saved
-        program = self._program(q, v, columns=int(dlse is not None))
-        settings, communicator = self._tagged("backward"), self._communicator(q)
         with engine.quiet(q.device), _FailingAlike(self):
-            choice = self._choice(q, k, settings)
-            return engine.backward(
-                program,
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                communicator,
-                settings,
-                dlse=dlse,
-                need_kv=self.wants[1] or self.wants[2],
-                choice=choice,
-            )
+            return self.differentiated(dout, dlse, q, k, v, out, lse)
 
-    def _communicator(self, q: Tensor) -> Communicator | None:
-        return self.runtime.communicator(self.plan, q.device)
+    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, between ranks that agreed to it."""
+        return self.attend(self.plan, q, k, v)
 
-    def _choice(self, q: Tensor, k: Tensor, settings: Settings) -> Any:
+    def differentiated(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`backward`, between ranks that agreed to it."""
+        return self.differentiate(self.plan, dout, dlse, q, k, v, out, lse)
+
+    def attend(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The engine's forward by ``plan``, whose group may be a part of the call's."""
+        program = self._program(plan, q, v)
+        settings = self._tagged("forward", plan)
+        return engine.forward(
+            program,
+            q,
+            k,
+            v,
+            self.runtime.communicator(plan, q.device),
+            settings,
+            choice=self.chosen(plan, q, k, settings.tag),
+        )
+
+    def differentiate(
+        self,
+        plan: RankPlan,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kv_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The engine's backward by ``plan``, whose group may be a part of the call's."""
+        program = self._program(plan, q, v, columns=int(dlse is not None))
+        settings = self._tagged("backward", plan)
+        return engine.backward(
+            program,
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            self.runtime.communicator(plan, q.device),
+            settings,
+            dlse=dlse,
+            need_kv=self.need_kv,
+            kv_dtype=kv_dtype,
+            choice=self.chosen(plan, q, k, settings.tag),
+        )
+
+    @property
+    def need_kv(self) -> bool:
+        """Whether gradients of keys and values go home: alike on all ranks."""
+        return self.wants[1] or self.wants[2]
+
+    def tag(self, direction: str) -> int:
+        """Of this call's messages in that direction."""
+        return 0 if self.signature is None else tag(self.number, direction, self.signature)
+
+    def chosen(self, plan: RankPlan, q: Tensor, k: Tensor, tag: int) -> Any:
         """The same in forward and backward: chosen again from the same tensors."""
-        plan = self.plan
-        exchange = Exchange(plan.rank, plan.world, self._communicator(q), settings.tag)
-        return self.choose(plan, q, k, exchange)
+        communicator = self.runtime.communicator(plan, q.device)
+        return self.choose(plan, q, k, Exchange(plan.rank, plan.world, communicator, tag))
 
-    def _program(self, q: Tensor, v: Tensor, columns: int = 0) -> Program:
-        return self.runtime.program(self.plan, q, v, bool(self.settings.dropout), columns)
+    def _program(self, plan: RankPlan, q: Tensor, v: Tensor, columns: int = 0) -> Program:
+        return self.runtime.program(plan, q, v, bool(self.settings.dropout), columns)
 
-    def _tagged(self, direction: str) -> Settings:
-        if self.signature is None:
-            return self.settings
-        return replace(self.settings, tag=tag(self.number, direction, self.signature))
+    def _tagged(self, direction: str, plan: RankPlan) -> Settings:
+        first = 0 if plan.held is None else plan.held.first_query
+        return replace(self.settings, tag=self.tag(direction), first_head=first)
 
 
 class _FailingAlike:

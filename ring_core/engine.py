@@ -38,6 +38,8 @@ class Settings:
     deterministic: bool
     dropout: float = 0.0
     seed: int = 0
+    first_head: int = 0
+    """Which of all query heads the tensors' first one is."""
     tag: int = 0
     """Of this call's messages, forward or backward; see :func:`ring_core.agreement.tag`."""
 
@@ -93,6 +95,7 @@ def backward(
     *,
     dlse: Tensor | None = None,
     need_kv: bool = True,
+    kv_dtype: torch.dtype | None = None,
     choice: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's shards, in their dtype.
@@ -101,6 +104,7 @@ def backward(
         dout: [B, S, H, Dv]. out, lse: what :func:`forward` gave.
         dlse: [B, H, S], gradient of lse, if it was used.
         need_kv: False where keys and values are frozen on every rank: nothing goes home.
+        kv_dtype: of dk and dv, where they are still to be added up.
         choice: as in :func:`forward`.
     """
     if dlse is not None:
@@ -150,7 +154,7 @@ def backward(
     own = dq.result()  # while the last gradients are on their way
     if homeward:
         homeward.add_to(dk, dv)
-    gradients = own, dk.result(), dv.result()
+    gradients = own, dk.result(kv_dtype), dv.result(kv_dtype)
     if homeward:
         homeward.pending.release()
     return gradients
@@ -303,7 +307,10 @@ def _dropout(
         settings.dropout,
         settings.seed,
         batch=torch.tensor(batch, device=device).repeat_interleave(tile.q.repeat),
-        heads=torch.tensor([h * group + g for h in kv_heads for g in range(group)], device=device),
+        heads=torch.tensor(
+            [settings.first_head + h * group + g for h in kv_heads for g in range(group)],
+            device=device,
+        ),
         q=own[tile.q.indices()]
         .to(device)
         .view(1, tile.q.repeat, -1)

@@ -5,7 +5,7 @@ They travel through the communicator like keys: as the rounds of a plan in which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from ring_core.layout import Layout, contiguous
 from ring_core.masks import FULL
 from ring_core.plan import Plan, Rows, Tile
 from ring_core.protocols import Communicator
-from ring_core.rounds import rounds
+from ring_core.rounds import Round, rounds
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,30 @@ class Exchange:
         found = [tuple(tensors) if rank == self.rank else empty for rank in range(self.world)]
         if self.communicator is None:
             return found
-        plan = _Everything(contiguous(self.world, self.world), _of_sizes(sizes))
-        for one in rounds(plan, self.rank, self.communicator.shards)[1:]:
-            pending = self.communicator.fetch(one, tensors, self.tag)
-            received = pending.wait()
-            for step in one.steps:
-                for part in step.parts:
-                    rows = slice(part.row, part.row + len(part.rows))
-                    found[step.source] = tuple(x[:, rows].clone() for x in received[part.block])
-            pending.release()
+        plan = _Everything(contiguous(self.world, self.world), of_sizes(sizes))
+        steps = rounds(plan, self.rank, self.communicator.shards)[1:]
+        for source, received in brought(steps, self.communicator, tensors, self.tag):
+            found[source] = tuple(x.clone() for x in received)
         return found
 
 
-def _of_sizes(sizes: Sequence[int]) -> Layout:
+def brought(
+    steps: Sequence[Round], communicator: Communicator, tensors: Sequence[Tensor], tag: int
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """What rounds bring, source by source: [B, rows, heads, D], one per tensor, valid until the
+    next."""
+    for one in steps:
+        pending = communicator.fetch(one, tensors, tag)
+        received = pending.wait()
+        for step in one.steps:
+            for part in step.parts:
+                rows = slice(part.row, part.row + len(part.rows))
+                yield step.source, tuple(x[:, rows] for x in received[part.block])
+        pending.release()
+
+
+def of_sizes(sizes: Sequence[int]) -> Layout:
+    """The layout of ranks that hold so many rows each, one behind the other."""
     ends = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
     runs = (range(*pair) for pair in pairwise(ends))
     return Layout(ends[-1], tuple((run,) if run else () for run in runs))

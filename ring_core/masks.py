@@ -35,6 +35,11 @@ class Mask(ABC):
         different keys."""
         return self
 
+    def of_heads(self, held: range) -> Mask:
+        """This mask of a tile of all KV heads for some neighbouring ones, where heads see different
+        keys."""
+        return self
+
     def unread(self, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Rows and keys of the tile that hold nothing, such as padding: they see nothing, and must
         not be read, for they may be NaN. Bool [nq] and [nk], True where so; None: there are none.

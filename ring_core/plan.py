@@ -140,6 +140,20 @@ ALL_HEADS = Heads()
 
 
 @dataclass(frozen=True, slots=True)
+class HeldHeads:
+    """Which heads of the whole attention tensors hold, where each rank has only some of them.
+
+    Attributes:
+        kv: the KV heads. kv_heads: of how many. first_query: the first query head; the others
+            follow it, and each KV head serves equally many of those held.
+    """
+
+    kv: range
+    kv_heads: int
+    first_query: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tile:
     """These query rows attend to those key/value rows under this mask.
 
@@ -199,6 +213,19 @@ class Plan(ABC):
     def for_heads(self, kv_heads: int) -> Plan:
         """The plan where there are so many KV heads: it may leave out tiles of heads beyond."""
         return self
+
+    def over(self, queries: Layout, keys: Layout) -> Plan:
+        """The same attention with the rows dealt out otherwise, over as many ranks as that is.
+
+        Planners with fields that follow from the layouts override this.
+        """
+        return replace(self, queries=queries, keys=keys)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the tensors of a call decide what is seen; see
+        :meth:`ring_core.attention.BaseRingAttention.choose`."""
+        return False
 
     @property
     def masks(self) -> frozenset[type[Mask]]:
@@ -266,19 +293,24 @@ class ForHeads(Plan):
     """A plan for tensors of ``kv_heads`` KV heads.
 
     Tiles are left out of heads that the tensors do not have, and each of a tile's phases has
-    equally many. ``apart``: each tile has one phase.
+    equally many. ``apart``: each tile has one phase. ``held``: which heads those are, where the
+    attention has more; tiles then count heads from the first one held.
     """
 
     whole: Plan
     kv_heads: int
     apart: bool = False
+    held: HeldHeads | None = None
 
     @staticmethod
-    def of(plan: Plan, kv_heads: int, apart: bool = False) -> ForHeads:
+    def of(
+        plan: Plan, kv_heads: int, apart: bool = False, held: HeldHeads | None = None
+    ) -> ForHeads:
         """``plan`` for so many KV heads."""
         if isinstance(plan, ForHeads):
             plan = plan.whole
-        return ForHeads(plan.queries, plan.keys, plan.for_heads(kv_heads), kv_heads, apart)
+        whole = plan.for_heads(kv_heads if held is None else held.kv_heads)
+        return ForHeads(plan.queries, plan.keys, whole, kv_heads, apart, held)
 
     def __hash__(self) -> int:
         return self._hash
@@ -286,7 +318,7 @@ class ForHeads(Plan):
     @cached_property
     def _hash(self) -> int:
         """Once: a plan of many documents is a key of several caches."""
-        return hash((self.whole, self.kv_heads, self.apart))
+        return hash((self.whole, self.kv_heads, self.apart, self.held))
 
     @property
     def masks(self) -> frozenset[type[Mask]]:
@@ -315,7 +347,8 @@ class ForHeads(Plan):
         return [
             part
             for tile in self.whole.tiles(rank, owner)
-            for part in self._parts(tile)
+            for mine in ([tile] if self.held is None else _held(tile, self.held.kv))
+            for part in self._parts(mine)
             if part.heads.count(self.kv_heads)
         ]
 
@@ -327,3 +360,25 @@ class ForHeads(Plan):
         if 0 < more < phases:  # the last heads do not go through all phases
             return [tile.only(range(more)), tile.only(range(more, phases))]
         return [tile]
+
+
+def _held(tile: Tile, held: range) -> list[Tile]:
+    """The tile for those of its heads that are held, counted from the first one held."""
+    heads = tile.heads
+    if heads == ALL_HEADS:
+        return [replace(tile, mask=tile.mask.of_heads(held))]
+    runs: list[tuple[range, int]] = []  # phases, and the first held head of the first one
+    for phase in range(heads.phases):
+        first = heads.start + phase - held.start
+        first += max(0, -(first // heads.step)) * heads.step
+        if first >= len(held):
+            continue
+        phases, start = runs[-1] if runs else (range(0), 0)
+        if phases and phases.stop == phase and start + len(phases) == first:
+            runs[-1] = range(phases.start, phase + 1), start
+        else:
+            runs.append((range(phase, phase + 1), first))
+    return [
+        replace(tile.only(phases), heads=Heads(start, heads.step, len(phases)))
+        for phases, start in runs
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ring_core.masks import Diagonal
-from ring_core.plan import ForHeads, Plan, Tile
+from ring_core.plan import ForHeads, HeldHeads, Plan, Tile
 from ring_core.protocols import AttentionKernel
 from ring_core.rounds import Part, Round, rounds
 
@@ -36,18 +36,20 @@ class Program:
         kv_heads: int = 1,
         batch: int = 1,
         apart: bool = False,
+        held: HeldHeads | None = None,
     ) -> Program:
         """Lower every tile of the rank's rounds.
 
         Args:
             kv_heads, batch: of the keys.
-            apart: whether tiles have heads of one phase each; see :class:`ForHeads`.
+            apart: whether tiles have heads of one phase each; held: which heads the keys are of.
+                See :class:`ForHeads`.
             shards: how many shards' worth of fetched keys may be held; see :func:`rounds`.
             usual: the kernel by which all ranks know in which dtype gradients travel, where this
                 rank computes with another one for reasons of its own.
         """
         usual = usual or kernel
-        plan = ForHeads.of(plan, kv_heads, apart)
+        plan = ForHeads.of(plan, kv_heads, apart, held)
         rounded = _rounded(plan, usual, shards) if usual.rounds else {}
         lowered = (
             replace(

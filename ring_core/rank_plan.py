@@ -15,7 +15,7 @@ from ring_core.errors import InputError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
 from ring_core.operator import number_of
-from ring_core.plan import Plan
+from ring_core.plan import HeldHeads, Plan
 from ring_core.sequences import Sequences
 
 
@@ -31,12 +31,19 @@ class RankPlan:
         rearranged: where tiles count rows in another order than callers hold them, for each row of
             the tiles' queries and keys the caller's, and for each of the caller's queries the
             tiles': int64, on the CPU. Else None.
+        held: which heads the tensors hold; None: all.
     """
 
     def __init__(
-        self, plan: Plan, sequences: Sequences, group: Any | None, made_by: Hashable = None
+        self,
+        plan: Plan,
+        sequences: Sequences,
+        group: Any | None,
+        made_by: Hashable = None,
+        held: HeldHeads | None = None,
     ) -> None:
         self.plan = plan
+        self.held = held
         self.made_by = made_by
         self.sequences = sequences
         self.group = group

@@ -111,6 +111,7 @@ class Runtime:
                 kv_heads=kv_heads,
                 batch=batch,
                 apart=dropout,  # weights are dropped by rows that all heads of a tile share
+                held=plan.held,
             ),
         )
 
@@ -183,10 +184,13 @@ class Runtime:
         plan: RankPlan,
         dropout: float,
         wants: tuple[bool, ...],
+        also: tuple[tuple[str, str], ...] = (),
     ) -> Signature:
         """What ranks compare before the first call of this kind."""
-        key = (plan, q.shape, k.shape, v.shape, q.dtype, q.device.type, wants, dropout)
-        return self._signatures.get(key, lambda: self._signature(q, k, v, plan, wants, dropout))
+        key = (plan, q.shape, k.shape, v.shape, q.dtype, q.device.type, wants, dropout, also)
+        return self._signatures.get(
+            key, lambda: self._signature(q, k, v, plan, wants, dropout, also)
+        )
 
     def _signature(
         self,
@@ -196,6 +200,7 @@ class Runtime:
         plan: RankPlan,
         wants: tuple[bool, ...],
         dropout: float,
+        also: tuple[tuple[str, str], ...],
     ) -> Signature:
         spec = plan.sequences
         config = self.config.model_dump(mode="json")
@@ -220,6 +225,7 @@ class Runtime:
                 "v": str(tuple(v.shape)),
                 "requires grad (q, k, v)": str(wants),
                 "dropout in this mode": str(dropout),
+                **dict(also),
             }
         )
 

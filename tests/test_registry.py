@@ -16,6 +16,7 @@ from ring_attention_standard import StandardConfig, StandardRingAttention
 
 import ring_core
 from ring_core import Preset, Registry, RingAttentionConfig, Variant, hookimpl, hookspec, registry
+from ring_core.catalogue import PIP_NAMES
 from ring_core.errors import (
     ConfigError,
     DuplicateNameError,
@@ -25,7 +26,7 @@ from ring_core.errors import (
     UnknownVariantError,
 )
 
-INSTALLED = ["blocksparse", "hilbert", "standard"]
+INSTALLED = ["blocksparse", "distributed", "hilbert", "standard"]
 """The variants of this repository."""
 
 GOOD = """
@@ -136,13 +137,14 @@ class TestCreate:
         with pytest.raises(ConfigError, match="StandardRingAttention is 'standard'"):
             StandardRingAttention(RingAttentionConfig(variant="hilbert"))
 
-    def test_unknown_names_say_what_to_do(self):
+    def test_unknown_names_say_what_to_do(self, monkeypatch):
         with pytest.raises(
             UnknownVariantError, match=r"Did you mean 'standard'\? Installed: .*standard"
         ):
             registry.create("standrad")
-        with pytest.raises(UnknownVariantError, match=r"pip install ring-attention-distributed"):
-            registry.create("distributed")
+        monkeypatch.setitem(PIP_NAMES, "absent", "ring-attention-absent")
+        with pytest.raises(UnknownVariantError, match=r"pip install ring-attention-absent"):
+            registry.create("absent")
 
     def test_auto(self, caplog):
         with caplog.at_level(logging.INFO, logger="ring_core"):

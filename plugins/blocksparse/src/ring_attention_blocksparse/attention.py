@@ -27,7 +27,7 @@ class BlockSparseRingAttention(BaseRingAttention):
 
     config_class = BlockSparseConfig
     config: BlockSparseConfig
-    _latest: tuple[BlockPlan, int, int, Choice | None] | None = None
+    _latest: tuple[BlockPlan, int, range, Choice | None] | None = None
 
     @property
     def density(self) -> float:
@@ -39,8 +39,7 @@ class BlockSparseRingAttention(BaseRingAttention):
         """
         if self._latest is None:
             return 1.0
-        plan, rank, kv_heads, choice = self._latest
-        return density_of(plan.for_heads(kv_heads), rank, choice)
+        return density_of(*self._latest)
 
     def make_plan(self, sequences: Sequences, world: int) -> Plan:
         if self.config.patterns is None:
@@ -52,8 +51,10 @@ class BlockSparseRingAttention(BaseRingAttention):
         if not isinstance(plan.plan, BlockPlan):
             self._latest = None
             return None
-        choice = choose(plan.plan, q, k, exchange)
-        self._latest = plan.plan, plan.rank, k.shape[2], choice
+        held = range(k.shape[2]) if plan.held is None else plan.held.kv
+        choice = choose(plan.plan, q, k, exchange, held.start)
+        kv_heads = held.stop if plan.held is None else plan.held.kv_heads
+        self._latest = plan.plan.for_heads(kv_heads), plan.rank, held, choice
         return choice
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,7 +30,9 @@ _ELEMENTS = 1 << 25
 _CPU = torch.device("cpu")
 
 
-def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice | None:
+def choose(
+    plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange, first: int = 0
+) -> Choice | None:
     """The choice of every pattern that makes one, for this rank's queries; None if there is none.
 
     Means of keys are gathered from all ranks, a row for each block; those of queries only where
@@ -38,6 +40,7 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
 
     Args:
         q: [B, S, Hq, D]. k: [B, S, Hkv, D]: this rank's shards.
+        first: which of all KV heads the first one of k is.
     """
     patterns = [pattern for pattern in plan.patterns if pattern.chosen]
     if not patterns or not plan.parts:
@@ -70,17 +73,17 @@ def choose(plan: BlockPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Choice 
             scores = _scores(part.scene, index[some], queries[batch], keys[batch])
             for found in blocks.values():
                 found[batch, :, some] = _best(scores, found.shape[-1])
-    return Choice(index, blocks)
+    return Choice(index, blocks, first)
 
 
-def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
+def density_of(plan: BlockPlan, rank: int, heads: range, choice: Choice | None) -> float:
     """Block pairs that ``rank`` computes, as a share of those that the mask leaves its queries: the
     mean over heads and batch rows.
 
     Args:
-        plan: for some number of KV heads. choice: of a call, if patterns make one.
+        plan: for some number of KV heads. heads: those that the rank has. choice: of a call, if
+            patterns make one.
     """
-    assert plan.kv_heads is not None
     shown = left = 0.0
     for part in plan.parts:
         scene = part.scene
@@ -89,9 +92,9 @@ def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
         rows = 1 if part.batch is None else len(part.batch)
         if choice is not None and part.batch is None:
             rows = next(iter(choice.blocks.values())).shape[0]
-        left += rows * visible * plan.kv_heads
+        left += rows * visible * len(heads)
         first = 0 if part.batch is None else part.batch.start
-        for head in range(plan.kv_heads):
+        for head in heads:
             patterns = plan.of_head(head)
             if not patterns:
                 continue
@@ -102,7 +105,7 @@ def density_of(plan: BlockPlan, rank: int, choice: Choice | None) -> float:
                 shown += rows * len(keys)
                 continue
             for b in range(first, first + rows):
-                found = [choice.blocks[pattern][b, head].cpu() for pattern in chosen]
+                found = [choice.blocks[pattern][b, head - choice.first].cpu() for pattern in chosen]
                 place = torch.arange(len(index), device="cpu")[:, None] * scene.key_blocks
                 more = [(place + x)[x >= 0] for x in found]
                 shown += len(torch.unique(torch.cat([keys, *more])))

@@ -26,10 +26,12 @@ class Choice:
     Attributes:
         index: int64 [n], the query blocks that the rank holds tokens of, ascending.
         blocks: for each choosing pattern int64 [B, K, n, most], -1 where there are fewer.
+        first: which of all KV heads the first of the K is.
     """
 
     index: Tensor
     blocks: Mapping[Pattern, Tensor]
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class BlockMask(Mask):
 
     def of_phases(self, phases: range) -> Mask:
         return replace(self, heads=self.heads[phases.start : phases.stop])
+
+    def of_heads(self, held: range) -> Mask:
+        return self.of_phases(held)
 
     def unread(self, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if all(
@@ -112,7 +117,8 @@ class Filled(Mask):
                 chosen = choice.blocks[pattern]
                 if self.batch is not None:
                     chosen = chosen[self.batch.start : self.batch.stop]
-                chosen = chosen[:, mask.heads.start : mask.heads.stop]
+                first = mask.heads.start - choice.first
+                chosen = chosen[:, first : first + len(mask.heads)]
                 lanes.append(_pieces_of(chosen[:, :, place], kv))
         # Lists of all batch rows and heads stand end to end; behind them what is no pair. Nothing
         # here waits for a GPU to say how much there is.

@@ -90,6 +90,10 @@ class BlockPlan(Plan):
                 raise InputError(f"pattern {pattern.kind!r}: {trouble}")
         return replace(self, kv_heads=kv_heads)
 
+    @property
+    def chooses(self) -> bool:
+        return any(pattern.chosen for pattern in self.patterns)
+
     def tiles(self, rank: int, owner: int) -> Sequence[Tile]:
         return [tile for heads in self.classes() for tile in self._tiles_of(heads, rank, owner)]
 
@@ -127,15 +131,14 @@ class BlockPlan(Plan):
         return busiest * area + self.fetched() * _A_KEY
 
     def facts(self) -> Mapping[str, str]:
-        chosen = any(pattern.chosen for pattern in self.patterns)
-        at_most = "at most " if chosen else ""
+        at_most = "at most " if self.chooses else ""
         found = {
             "density": f"{at_most}{self.density():.4f} of the block pairs that the mask leaves"
         }
         if self.parts:
             scene = self.parts[0].scene
             found["blocks"] = f"{scene.block_q} queries x {scene.block_kv} keys"
-        if chosen:
+        if self.chooses:
             found["chosen blocks"] = (
                 "all visible keys travel; which ones are computed with is known in a call"
             )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from ring_attention_blocksparse.attention import BlockSparseRingAttention
-from torch import Tensor
 
 from ring_attention_hilbert.config import HilbertConfig
 from ring_attention_hilbert.planner import plan_as_they_come, plan_ordered
-from ring_core import groups
 from ring_core.plan import Plan
-from ring_core.rank_plan import RankPlan
 from ring_core.sequences import Sequences
 
 
@@ -23,23 +20,10 @@ class HilbertRingAttention(BlockSparseRingAttention):
 
     config_class = HilbertConfig
     config: HilbertConfig
+    rearranges = True
 
     def make_plan(self, sequences: Sequences, world: int) -> Plan:
         return plan_ordered(self.config, sequences, world)
 
     def make_implied_plan(self, sequences: Sequences, world: int) -> Plan:
         return plan_as_they_come(self.config, sequences, world)
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: RankPlan | None = None,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As every attention's. On one rank a call without a plan is that of the whole plan."""
-        whole = all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v))
-        if plan is None and whole and groups.rank_and_world(self._target())[1] == 1:
-            plan = self._implied_plan(q, k)
-        return super().forward(q, k, v, plan, return_lse)

@@ -1,0 +1,139 @@
+"""Variant ``distributed``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ring_attention_distributed.calls import Hybrid, HybridCall
+from ring_attention_distributed.config import DistributedConfig
+from ring_attention_distributed.cost import quickest
+from ring_attention_distributed.heads import Split, degrees
+from ring_attention_distributed.mesh import Mesh, places, ring_group, ring_plan
+from ring_core.attention import BaseRingAttention
+from ring_core.calls import Call
+from ring_core.config import RingAttentionConfig
+from ring_core.errors import InputError
+from ring_core.exchange import Exchange
+from ring_core.plan import Plan
+from ring_core.rank_plan import RankPlan
+from ring_core.registry import Registry
+from ring_core.runtime import Recent
+from ring_core.sequences import Sequences
+
+
+class DistributedRingAttention(BaseRingAttention):
+    """Another variant's attention on a mesh: heads are exchanged among neighbouring ranks (Ulysses,
+    arXiv 2309.14509), and rings go over what is left (as in USP, arXiv 2405.07719).
+
+    Plans and shards are the inner variant's for a ring of all ranks: which tokens a rank holds does
+    not depend on the mesh, nor does the result.
+
+    Attributes:
+        inner: the variant that computes.
+    """
+
+    config_class = DistributedConfig
+    config: DistributedConfig
+
+    def __init__(
+        self,
+        config: RingAttentionConfig | Mapping[str, Any] | None = None,
+        *,
+        group: Any = None,
+        registry: Registry | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(config, group=group, registry=registry, **fields)
+        self.inner = self._registry.create(self.config.whole_inner(), group=group)
+        self._hybrids: Recent[Hybrid] | None = None
+
+    @property
+    def rearranges(self) -> bool:  # type: ignore[override]
+        return self.inner.rearranges
+
+    def make_plan(self, sequences: Sequences, world: int) -> Plan:
+        return self.inner.make_plan(sequences, world)
+
+    def make_implied_plan(self, sequences: Sequences, world: int) -> Plan:
+        return self.inner.make_implied_plan(sequences, world)
+
+    def choose(self, plan: RankPlan, q: Tensor, k: Tensor, exchange: Exchange) -> Any:
+        return self.inner.choose(plan, q, k, exchange)
+
+    def degree(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> int:
+        """How many ranks exchange heads in a call with these shards.
+
+        Raises:
+            InputError: ``ulysses`` divides neither the ranks nor the heads.
+        """
+        world, (q_heads, kv_heads) = plan.world, (q.shape[2], k.shape[2])
+        given = self.config.ulysses
+        if world == 1 or given == 1:
+            return 1
+        if given == "auto":
+            return quickest(plan, q, k, v)
+        allowed = list(degrees(q_heads, kv_heads, world))
+        if given not in allowed:
+            why = (
+                f"it does not divide the {world} ranks"
+                if world % given
+                else Split.refuse(q_heads, kv_heads, given)
+            )
+            raise InputError(
+                f"ulysses={given} with {q_heads} query heads, {kv_heads} KV heads and {world} "
+                f"ranks: {why}. Possible here: {', '.join(map(str, allowed))}, or 'auto'"
+            )
+        return given
+
+    def resume(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan | None,
+        training: bool,
+        wants: tuple[bool, bool, bool],
+        number: int,
+        seed: int,
+    ) -> Call:
+        whole = self._implied_plan(q, k) if plan is None else plan
+        degree = self.degree(whole, q, k, v)
+        call: dict[str, Any] = {
+            "number": number,
+            "training": training,
+            "wants": wants,
+            "seed": seed,
+            "also": (("ulysses in this call", str(degree)),),
+        }
+        if degree == 1:
+            return Call(self.runtime, self.choose, whole, q, k, v, **call)
+        hybrid = partial(self._hybrid, whole, degree, q.shape[2], k.shape[2])
+        return HybridCall(self.runtime, self.choose, whole, q, k, v, **call, hybrid=hybrid)
+
+    def _hybrid(self, plan: RankPlan, degree: int, q_heads: int, kv_heads: int) -> Hybrid:
+        """Made at the first call of a kind, once its ranks have agreed: it may make groups."""
+        if self._hybrids is None:
+            self._hybrids = Recent(32)
+        return self._hybrids.get(
+            (plan, degree, q_heads, kv_heads),
+            lambda: hybrid_of(plan, degree, q_heads, kv_heads, self.config.timeout),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_hybrids": None}
+
+
+def hybrid_of(plan: RankPlan, degree: int, q_heads: int, kv_heads: int, timeout: float) -> Hybrid:
+    """A plan's calls with so many heads, where ``degree`` ranks exchange them; all ranks ask."""
+    mesh, split = Mesh(plan.world, degree, plan.rank), Split.of(q_heads, kv_heads, degree)
+    ring = RankPlan(
+        ring_plan(plan.plan, degree),
+        plan.sequences,
+        ring_group(plan.group, mesh, timeout),
+        held=split.held(mesh.place),
+    )
+    return Hybrid(mesh, split, ring, *places(plan, ring, mesh))

@@ -1,0 +1,131 @@
+"""A call whose heads are exchanged before and after a ring attends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ring_attention_distributed.exchange import HeadExchange
+from ring_attention_distributed.heads import Split
+from ring_attention_distributed.mesh import Mesh, Places
+from ring_core.calls import Call
+from ring_core.rank_plan import RankPlan
+from ring_core.softmax import accumulation_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Hybrid:
+    """What a call's heads and plan make of a mesh.
+
+    Attributes:
+        ring: the plan of this rank's ring, for the heads that this rank holds.
+        queries, keys: where the shards' rows stand in the ring's.
+    """
+
+    mesh: Mesh
+    split: Split
+    ring: RankPlan
+    queries: Places
+    keys: Places
+
+
+class HybridCall(Call):
+    """Heads are exchanged in the backward once more: saving both would take twice the memory.
+
+    Args:
+        hybrid: makes what the plan and the heads make of a mesh, once the ranks have agreed.
+    """
+
+    def __init__(self, *call: Any, hybrid: Callable[[], Hybrid], **rest: Any) -> None:
+        super().__init__(*call, **rest)
+        self._make = hybrid
+        self._whole_queries: Tensor | None = None
+
+    @cached_property
+    def hybrid(self) -> Hybrid:
+        """How rows and heads are dealt out."""
+        return self._make()
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        exchange, split, rows = self._exchange(q, "forward"), self.hybrid.split, self.hybrid.queries
+        (queries,), (keys, values) = self._in(exchange, [q], k, v)
+        self._whole_queries = q
+        out, lse = self.attend(self.hybrid.ring, queries, keys, values)
+        self._whole_queries = None
+        out, lse = exchange.to_rows([out, _beside(lse)], split.q, split.q_heads, rows)
+        return out, _behind(lse)
+
+    def differentiated(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hybrid, split = self.hybrid, self.hybrid.split
+        exchange = self._exchange(q, "backward")
+        of_queries = [q, dout, out, _beside(lse)]
+        if dlse is not None:
+            of_queries.append(_beside(dlse))
+        found, (keys, values) = self._in(exchange, of_queries, k, v)
+        self._whole_queries = q
+        dq, dk, dv = self.differentiate(
+            hybrid.ring,
+            found[1],
+            _behind(found[4]) if dlse is not None else None,
+            found[0],
+            keys,
+            values,
+            found[2],
+            _behind(found[3]),
+            # Parts of one gradient that are rounded before they are added would cost accuracy.
+            accumulation_dtype(k.dtype) if split.shares else None,
+        )
+        self._whole_queries = None
+        (dq,) = exchange.to_rows([dq], split.q, split.q_heads, hybrid.queries)
+        if not self.need_kv:
+            return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
+        dk, dv = exchange.to_rows([dk, dv], split.kv, split.kv_heads, hybrid.keys)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    def chosen(self, plan: RankPlan, q: Tensor, k: Tensor, tag: int) -> Any:
+        hybrid = self.hybrid
+        if hybrid.split.shares and plan.plan.chooses and self._whole_queries is not None:
+            # What is chosen depends on all query heads of a KV head.
+            exchange = HeadExchange(hybrid.mesh, self._communicator(q), tag)
+            (q,) = exchange.to_heads([self._whole_queries], hybrid.split.groups(), hybrid.queries)
+        return super().chosen(plan, q, k, tag)
+
+    def _in(
+        self, exchange: HeadExchange, of_queries: list[Tensor], k: Tensor, v: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        hybrid, split = self.hybrid, self.hybrid.split
+        return (
+            exchange.to_heads(of_queries, split.q, hybrid.queries),
+            exchange.to_heads([k, v], split.kv, hybrid.keys),
+        )
+
+    def _exchange(self, q: Tensor, direction: str) -> HeadExchange:
+        return HeadExchange(self.hybrid.mesh, self._communicator(q), self.tag(direction))
+
+    def _communicator(self, q: Tensor) -> Any:
+        communicator = self.runtime.communicator(self.plan, q.device)
+        assert communicator is not None
+        return communicator
+
+
+def _beside(lse: Tensor) -> Tensor:
+    """[B, H, S] as [B, S, H, 1]."""
+    return lse.transpose(1, 2).unsqueeze(-1)
+
+
+def _behind(lse: Tensor) -> Tensor:
+    """[B, S, H, 1] as [B, H, S]."""
+    return lse.squeeze(-1).transpose(1, 2)

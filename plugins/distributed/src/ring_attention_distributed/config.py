@@ -1,0 +1,111 @@
+"""The schema of variant ``distributed``: common fields, another variant, and a mesh of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from ring_core import registry
+from ring_core.config import RingAttentionConfig, common_fields
+from ring_core.errors import ConfigError
+
+NAME = "distributed"
+
+
+def _inner(given: Any) -> Any:
+    """A variant's name, or its fields, as a config of its own fields."""
+    if isinstance(given, RingAttentionConfig):
+        given = {"variant": given.variant, **given.given()}
+    elif isinstance(given, str):
+        given = {"variant": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"expected the name of a variant or its fields, got {type(given).__name__}"
+        )
+    fields = dict(given)
+    name = fields.pop("variant", "standard")
+    if name == NAME:
+        raise ValueError(
+            f"{NAME!r} cannot be wrapped in itself; name the variant that computes, such as "
+            "'standard'"
+        )
+    try:
+        return registry.variant(name).config(variant=name, **fields)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def _as_given(inner: RingAttentionConfig) -> Any:
+    given = inner.given()
+    own = {name: value for name, value in inner.model_dump(mode="json").items() if name in given}
+    return own.pop("variant") if set(own) == {"variant"} else own
+
+
+Inner = Annotated[
+    RingAttentionConfig, BeforeValidator(_inner), PlainSerializer(_as_given, return_type=Any)
+]
+
+
+class DistributedConfig(RingAttentionConfig):
+    """Another variant's attention, on a mesh of ranks."""
+
+    variant: str = NAME
+    """Name under which the registry knows this variant."""
+
+    inner: Inner = Field(default="standard", validate_default=True)
+    """The variant that computes: its name, or its fields, as in {"variant": "blocksparse",
+    "patterns": [...]}. Common fields belong here, beside it, and reach it."""
+
+    ulysses: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Degree of Ulysses (arXiv 2309.14509): so many neighbouring ranks exchange heads for rows, and
+    rings go over what is left. It divides the number of ranks, and the heads must allow it: it is
+    at most the number of KV heads, or a multiple of it of which each KV head's query heads are one.
+    'auto' takes the degree that is predicted to be fastest; 1 is a ring of all ranks. A group of
+    one rank exchanges nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, given: Any) -> Any:
+        """Common fields that were given in ``inner`` belong to this config."""
+        if not isinstance(given, Mapping) or not isinstance(
+            given.get("inner"), (Mapping, RingAttentionConfig)
+        ):
+            return given
+        inner = given["inner"]
+        fields = (
+            {**inner.given(), "variant": inner.variant}
+            if isinstance(inner, RingAttentionConfig)
+            else dict(inner)
+        )
+        lifted = {name: fields.pop(name) for name in common_fields() & set(fields) - {"variant"}}
+        for name, value in lifted.items():
+            if name in given and not _equal(given[name], value):
+                raise ValueError(
+                    f"{name}: {given[name]!r} here and {value!r} in inner; give it once, beside "
+                    "inner"
+                )
+        return {**lifted, **given, "inner": fields}
+
+    @model_validator(mode="after")
+    def _inner_accepts(self) -> Self:
+        self.whole_inner()
+        return self
+
+    def whole_inner(self) -> RingAttentionConfig:
+        """The inner variant's config with the common fields.
+
+        Raises:
+            ConfigError: it does not accept them.
+        """
+        names = common_fields() - {"variant"}
+        common = {name: value for name, value in self.given().items() if name in names}
+        return type(self.inner)(**{**self.inner.given(), **common})
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values of a field mean the same; lists and tuples do."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return list(a) == list(b)
+    return bool(a == b)

@@ -1,0 +1,385 @@
+"""Variant ``distributed``: any inner variant on any mesh equals the reference."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ring_attention_blocksparse.config import BlockSparseConfig
+from ring_attention_distributed.config import DistributedConfig
+from ring_attention_distributed.cost import CPU, GPU, Sizes, predict
+from ring_attention_distributed.heads import Split, degrees
+from ring_attention_distributed.mesh import Mesh, Places, ring_plan
+from ring_attention_hilbert.config import HilbertConfig
+from ring_attention_hilbert.orders import GridOrder
+
+import by_definition
+from ring_core import reference, registry
+from ring_core.errors import ConfigError, InputError, UnknownVariantError
+from ring_core.plan import ForHeads, HeldHeads
+from ring_core.sequences import Sequences
+from ring_core.testing import Case, Conformance, RankPool, Worker
+from ring_core.testing.case import expected_of, run_case, visible_of
+from ring_core.testing.tasks import build
+
+BLOCKS = {
+    "variant": "blocksparse",
+    "patterns": (
+        {"kind": "local", "left": 6, "right": 2, "heads": [0]},
+        {"kind": "random", "blocks": 1, "seed": 3},
+        {"kind": "topk", "blocks": 2},
+    ),
+    "block_q": 4,
+    "block_kv": 8,
+}
+GRID = {
+    "variant": "hilbert",
+    "grid": (6, 7),
+    "patterns": ({"kind": "neighborhood", "radius": 1}, {"kind": "sink", "n": 2, "heads": [0]}),
+    "order": "hilbert",
+    "block_q": 4,
+    "block_kv": 4,
+}
+DILATED = {"segment_lengths": (8, 32), "dilation_rates": (1, 3)}
+
+
+class TestDistributed(Conformance):
+    """The degree is what is predicted to be fastest; for tensors this small that is a high one."""
+
+    variant = "distributed"
+    fields = (
+        {"causal": True},
+        {"window": (3, 9), **DILATED},
+    )
+    layouts = ("auto", "contiguous", "zigzag", "striped")
+    in_every_layout = ("odd",)
+    sequences: ClassVar = {
+        name: sizes for name, sizes in Conformance.sequences.items() if "kv_len" not in sizes
+    }
+    del sequences["packed cross"]
+
+
+class TestOverBlocks(Conformance):
+    variant = "distributed"
+    fields = ({"causal": True, "inner": BLOCKS},)
+    sequences: ClassVar = {
+        name: Conformance.sequences[name] for name in ("odd", "many queries per key", "padded")
+    }
+    half: ClassVar = {**Conformance.half, "seq_len": 256}
+
+    def visible(self, case: Case) -> torch.Tensor:
+        return visible(case)
+
+    def hidden(self, case: Case) -> torch.Tensor:
+        return by_definition.out_of_sight(case, BlockSparseConfig(**BLOCKS))
+
+
+def visible(case: Case) -> torch.Tensor:
+    """What queries see under the inner variant."""
+    inner = case.fields.get("inner")
+    if not isinstance(inner, dict):
+        return visible_of(case)
+    if inner["variant"] == "blocksparse":
+        config = BlockSparseConfig(**inner)
+        return by_definition.shown(case, config, config.patterns)
+    config = HilbertConfig(**inner)
+    order = GridOrder("hilbert", config.grid, 0, 4)
+    return by_definition.shown(case, config, config.resolved(), order)
+
+
+# Meshes
+
+MESHES = [(1, 4), (2, 2), (4, 1), (2, 4), (4, 2), (8, 1), (3, 1), (1, 3), (3, 2)]
+"""Ranks that exchange heads, times ranks of a ring."""
+INNERS: dict[str, dict[str, Any]] = {
+    "packed": {"fields": {"causal": True}, "cu_seqlens": (0, 1, 14, 14, 41, 43)},
+    "cross": {"fields": {"window": (9, 4)}, "seq_len": 13, "kv_len": 40},
+    "dilated": {"fields": {"causal": True, **DILATED}, "seq_len": 41},
+    "blocks": {"fields": {"causal": True, "inner": BLOCKS}, "seq_len": 37, "batch": 2},
+    "grid": {"fields": {"inner": GRID}, "seq_len": 42},
+    "curve": {
+        "fields": {"inner": {"variant": "hilbert", "order": "hilbert"}, **DILATED},
+        "seq_len": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(("ulysses", "ring"), MESHES)
+def test_meshes(rank_pool: RankPool, inner: str, ulysses: int, ring: int) -> None:
+    """28 query and 7 KV heads, and 8 and 1: uneven shares, and heads that several ranks hold."""
+    if ulysses * ring > rank_pool.size:
+        pytest.skip(f"{ulysses * ring} ranks, and this machine has {rank_pool.size} GPUs")
+    kind = INNERS[inner]
+    sizes = {name: value for name, value in kind.items() if name != "fields"}
+    for heads, kv_heads in ((28, 7), (8, 1)):
+        if Split.refuse(heads, kv_heads, ulysses):
+            continue
+        fields = {**kind["fields"], "ulysses": ulysses}
+        case = Case("distributed", fields, heads=heads, kv_heads=kv_heads, value_dim=6, **sizes)
+        result = rank_pool.run(run_case, case, world=ulysses * ring)[0]
+        errors = result.errors(expected_of(case, visible(case)))
+        assert all(error < 1e-10 for error in errors.values()), errors
+
+
+def dropped(worker: Worker, case: Case) -> tuple[int, list[torch.Tensor]]:
+    """The seed of a call, its whole output and gradients."""
+    attention, plan, (q, k, v, dout, _) = build(worker, case)
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
+    torch.manual_seed(5)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, plan=plan)
+    out.backward(dout)
+    gradients = [plan.unshard(x.grad, kv=i > 0) for i, x in enumerate(leaves)]
+    return seed, [plan.unshard(out.detach()), *gradients]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 1)])
+def test_dropout_is_the_references_on_every_mesh(cpu_pool: RankPool, heads, kv_heads) -> None:
+    for ulysses in (1, 2, 4):
+        if Split.refuse(heads, kv_heads, ulysses):
+            continue
+        fields = {"causal": True, "dropout": 0.3, "ulysses": ulysses}
+        case = Case("distributed", fields, heads=heads, kv_heads=kv_heads)
+        seed, found = cpu_pool.run(dropped, case, world=4)[0]
+        q, k, v, dout, _ = case.tensors()
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out, _ = reference.attention(*leaves, visible_of(case), dropout=0.3, seed=seed)
+        right = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+        for one, wanted in zip(found, right, strict=True):
+            assert torch.allclose(one, wanted, atol=1e-10), ulysses
+
+
+def only_some(worker: Worker, case: Case) -> tuple[float, ...]:
+    """Calls of half of the ranks, then of all, then of the other half: groups of their own."""
+    import torch.distributed as dist
+
+    half = [dist.new_group(ranks) for ranks in ([0, 1, 2, 3], [4, 5, 6, 7])][worker.rank // 4]
+    found = []
+    for group in (half, worker.group, half):
+        attention = registry.create(case.variant, group=group, **case.fields)
+        plan = attention.plan(**case.plan_arguments)
+        q, k, v, *_ = case.tensors()
+        out = attention(plan.shard(q), plan.shard(k), plan.shard(v), plan=plan)
+        right, _ = reference.attention(q, k, v, visible_of(case))
+        found.append(float((plan.unshard(out) - right).abs().max()))
+    return tuple(found)
+
+
+def test_ranks_may_have_made_unequally_many_groups(cpu_pool: RankPool) -> None:
+    """torch names groups that not all ranks make by how many a rank has made."""
+    cpu_pool.run(
+        dropped, Case("distributed", {"ulysses": 2}, heads=4, kv_heads=4), ranks=[0, 1, 4, 6]
+    )
+    case = Case("distributed", {"causal": True, "ulysses": 2}, heads=4, kv_heads=4)
+    for errors in cpu_pool.run(only_some, case, fresh=True):
+        assert max(errors) < 1e-10
+
+
+# Heads
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 16))
+def test_heads_are_dealt_out_once_and_evenly(kv_heads, group, degree):
+    heads = kv_heads * group
+    if Split.refuse(heads, kv_heads, degree):
+        assert degree not in list(degrees(heads, kv_heads, degree))
+        return
+    split = Split.of(heads, kv_heads, degree)
+    assert [h for run in split.q for h in run] == list(range(heads))
+    for place in range(degree):
+        held = split.held(place)
+        each, rest = divmod(len(split.q[place]), len(held.kv))
+        assert rest == 0
+        served = [held.kv.start + n // each for n in range(len(split.q[place]))]
+        assert served == [h // group for h in split.q[place]]
+        assert held.first_query == split.q[place].start
+    if degree <= kv_heads:
+        assert max(map(len, split.kv)) - min(map(len, split.kv)) <= 1
+    else:
+        assert len({len(run) for run in split.q}) == 1
+        assert split.shares
+
+
+@given(
+    st.sampled_from(["dense", "dilated", "blocks"]),
+    st.integers(1, 4),
+    st.integers(2, 6),
+    st.data(),
+)
+def test_what_some_heads_compute_is_theirs_of_the_whole(kind, world, kv_heads, data):
+    start = data.draw(st.integers(0, kv_heads - 1))
+    held = range(start, data.draw(st.integers(start + 1, kv_heads)))
+    fields = {
+        "dense": {"causal": True},
+        "dilated": {"segment_lengths": (8, 24), "dilation_rates": (2, 5)},
+        "blocks": {
+            **BLOCKS,
+            "patterns": (*BLOCKS["patterns"][:2], {"kind": "sink", "n": 2, "heads": [1]}),
+        },
+    }[kind]
+    plan = registry.create(fields).make_plan(Sequences.build(31), world)
+    some = ForHeads.of(plan, len(held), held=HeldHeads(held, kv_heads, 0))
+    assert torch.equal(
+        computed(some, len(held)),
+        computed(ForHeads.of(plan, kv_heads), kv_heads)[held.start : held.stop],
+    )
+
+
+def computed(plan: ForHeads, kv_heads: int) -> torch.Tensor:
+    """How often each pair is computed: [kv_heads, S, S]."""
+    times = torch.zeros(kv_heads, plan.queries.length, plan.queries.length, dtype=torch.int32)
+    for rank in range(plan.world):
+        own = plan.queries.positions(rank)
+        for owner in range(plan.world):
+            theirs = plan.keys.positions(owner)
+            for tile in plan.tiles(rank, owner):
+                for phase in range(tile.heads.phases):
+                    one = tile.only(range(phase, phase + 1))
+                    seen = one.mask.visible(range(one.q.count), one.kv.count).int()
+                    queries = own[one.q.indices()].view(one.q.repeat, -1)
+                    keys = theirs[one.kv.indices()].view(one.kv.repeat, -1)
+                    mine = one.heads.indices(kv_heads)
+                    seen = seen if seen.ndim == 2 else seen[0, :, 0]
+                    for i, j in zip(queries, keys, strict=True):
+                        for n, head in enumerate(mine):
+                            mask = seen if seen.ndim == 2 else seen[n if len(seen) > 1 else 0]
+                            times[head, i[:, None], j] += mask
+    return times
+
+
+@given(
+    st.sampled_from(["contiguous", "zigzag", "striped", "auto"]),
+    st.integers(1, 50),
+    st.sampled_from([(4, 2), (4, 4), (6, 3), (8, 2)]),
+)
+def test_a_ring_holds_what_its_ranks_brought(layout, length, mesh):
+    world, degree = mesh
+    plan = registry.create("standard", causal=True, layout=layout).make_plan(
+        Sequences.build(length), world
+    )
+    ring = ring_plan(plan, degree)
+    for rank in range(world):
+        one = Mesh(world, degree, rank)
+        together = ring.queries.positions(one.ring)
+        shards = [plan.queries.positions(peer) for peer in one.peers]
+        found = Places.of(shards, together)
+        x = together.clamp_min(0)[None, :, None, None].double() + 1
+        apart = found.end_to_end(x)[0, :, 0, 0].view(degree, -1)
+        for place, positions in enumerate(shards):
+            real = positions >= 0
+            assert torch.equal(apart[place][real], positions[real].double() + 1)
+            assert not apart[place][~real].any()
+    if degree == world:
+        assert ring.queries.rows == ((range(length),),)
+
+
+# Which degree
+
+
+def test_the_predicted_degree_is_the_quickest(caplog):
+    """Few heads and long shards: rings; many heads and short shards: heads."""
+    plan = registry.create("standard", causal=True)
+    short = plan.make_plan(Sequences.build(4 * 512), 4)
+    long = plan.make_plan(Sequences.build(4 * 65536), 4)
+    sizes = Sizes(32, 8, 128, 128, 1, 2)
+
+    def best(of):
+        return min((predict(of, sizes, n, GPU, 4) for n in (1, 2, 4)), key=lambda x: x.total)
+
+    assert best(short).degree > 1
+    assert best(long).total < best(long).compute * 1.1, "long shards hide what travels"
+    apart = predict(short, sizes, 4, GPU, 2), predict(short, sizes, 4, GPU, 4)
+    assert apart[0].exchange > apart[1].exchange, "exchanges between hosts are slower"
+    uneven = predict(long, Sizes(28, 7, 128, 128, 1, 2), 4, CPU, 4)
+    even = predict(long, Sizes(28, 7, 128, 128, 1, 2), 1, CPU, 4)
+    assert uneven.compute == pytest.approx(even.compute * 8 / 7)
+
+
+def asked(worker: Worker, ulysses: Any) -> str:
+    attention = registry.create("distributed", ulysses=ulysses, group=worker.group)
+    plan = attention.plan(12)
+    q, k = torch.ones(1, 3, 6, 8), torch.ones(1, 3, 3, 8)
+    attention(q, k, k, plan=plan)
+    return "done"
+
+
+@pytest.mark.parametrize(
+    ("ulysses", "says"),
+    [(3, "does not divide the 4 ranks"), (4, "4 ranks cannot share 3 KV heads evenly")],
+)
+def test_a_degree_that_is_not_possible_is_told_on_every_rank(cpu_pool: RankPool, ulysses, says):
+    for error in cpu_pool.run(asked, ulysses, world=4, errors=True, fresh=True):
+        assert isinstance(error, InputError)
+        assert says in str(error)
+        assert "Possible here: 1, 2" in str(error)
+
+
+def logged(worker: Worker) -> list[str]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("ring_attention_distributed")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    asked(worker, "auto")
+    logger.removeHandler(handler)
+    return records
+
+
+def test_auto_says_what_it_predicted(cpu_pool: RankPool):
+    assert any("predicted" in line for line in cpu_pool.run(logged, world=4)[0])
+
+
+def test_auto_takes_this_variant_where_a_group_spans_hosts(monkeypatch):
+    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "4")
+    assert registry.create("auto", ulysses=1).config.variant == "distributed"
+
+
+# The config
+
+
+def test_common_fields_belong_outside_and_reach_the_inner_one():
+    attention = registry.create("distributed", causal=True, window=(7, None), inner=BLOCKS)
+    assert attention.inner.config == BlockSparseConfig(causal=True, window=(7, None), **BLOCKS)
+    lifted = registry.create("distributed", inner={"variant": "standard", "causal": True})
+    assert lifted.config.causal
+    assert lifted.inner.config.causal
+    assert lifted.config == DistributedConfig(causal=True)
+    assert registry.create("distributed").inner.config.variant == "standard"
+    again = registry.create(attention.config, causal=False)
+    assert not again.inner.config.causal
+
+
+def test_the_config_round_trips():
+    for inner in ("standard", BLOCKS, GRID):
+        config = DistributedConfig(inner=inner, softmax_scale=0.5, ulysses=2)
+        assert DistributedConfig.model_validate_json(config.model_dump_json()) == config
+        assert DistributedConfig.from_yaml(config.to_yaml()) == config
+        assert hash(config) == hash(DistributedConfig(inner=inner, softmax_scale=0.5, ulysses=2))
+    assert DistributedConfig().model_dump(mode="json")["inner"] == "standard"
+    assert "inner" in DistributedConfig.model_json_schema()["properties"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"causal": True, "inner": {"variant": "standard", "causal": False}}, "give it once"),
+        ({"inner": "distributed"}, "cannot be wrapped in itself"),
+        ({"inner": "standrad"}, "Did you mean 'standard'"),
+        ({"inner": {"variant": "blocksparse", "patern": []}}, "Did you mean 'patterns'"),
+        ({"inner": BLOCKS, **DILATED}, "segment_lengths"),
+        ({"inner": 3}, "expected the name of a variant"),
+        ({"ulysses": 0}, "greater than or equal to 1"),
+        ({"ulysses": "many"}, "'auto'"),
+    ],
+)
+def test_bad_fields_are_told(fields, says):
+    with pytest.raises((ConfigError, UnknownVariantError), match=says):
+        registry.create("distributed", **fields)
