@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ring_core import registry
 from ring_core.errors import DisagreementError, InputError, RingError
+from ring_core.runtime import Recent
 from ring_core.testing.case import Case, Result, expected_of, run_case, visible_of
 from ring_core.testing.pool import RankPool
 from ring_core.testing.tasks import (
@@ -28,6 +29,8 @@ from ring_core.testing.tasks import (
 EXACT = 1e-10
 HALF_RATIO = 1.25
 WORLDS = (1, 2, 3, 4, 8)
+
+_known: Recent[Any] = Recent(256)
 
 
 class Conformance:
@@ -96,6 +99,23 @@ class Conformance:
         seen = seen.expand(case.batch, case.heads, case.q_len, case.k_len)
         return ~seen[:, :, case.q_len // 2].any(1)
 
+    # Worlds have these in common; both are computed once
+
+    def _expected(self, case: Case) -> Result:
+        key = type(self), pickle.dumps(case)
+        expected: Result = _known.get(key, lambda: self.expected(case))
+        return expected
+
+    def _alone(self, pool: RankPool, case: Case) -> dict[str, float]:
+        """The relative error of one device."""
+
+        def make() -> dict[str, float]:
+            result: Result = pool.run(run_case, case, world=1)[0]
+            return result.relative(self._expected(case))
+
+        alone: dict[str, float] = _known.get((type(self), pool, pickle.dumps(case)), make)
+        return alone
+
     # Numbers
 
     @pytest.mark.parametrize("world", WORLDS)
@@ -103,7 +123,7 @@ class Conformance:
         """Out, lse, dq, dk, dv equal float64 attention to 1e-10 at every world size."""
         _skip_too_large(rank_pool, world)
         result = rank_pool.run(run_case, conforming, world=world)[0]
-        errors = result.errors(self.expected(conforming))
+        errors = result.errors(self._expected(conforming))
         assert all(error < EXACT for error in errors.values()), errors  # NaN is not
 
     @pytest.mark.parametrize("world", [2, 4, 8])
@@ -113,8 +133,8 @@ class Conformance:
         _skip_too_large(rank_pool, world)
         for fields in self.fields:
             case = Case(self.variant, fields, dtype=dtype, **self.half)
-            expected = self.expected(case)
-            alone = rank_pool.run(run_case, case, world=1)[0].relative(expected)
+            expected = self._expected(case)
+            alone = self._alone(rank_pool, case)
             many = rank_pool.run(run_case, case, world=world)[0].relative(expected)
             for name, error in many.items():
                 assert error <= HALF_RATIO * alone[name], (fields, name, error, alone[name])
@@ -124,7 +144,7 @@ class Conformance:
         _skip_too_large(rank_pool, 2)
         for fields in self.fields:
             case = Case(
-                self.variant, fields, seq_len=7, heads=2, kv_heads=1, head_dim=3, value_dim=2
+                self.variant, fields, seq_len=7, heads=2, kv_heads=1, head_dim=2, value_dim=1
             )
             assert rank_pool.run(gradcheck, case, world=2) == [True, True]
 
@@ -194,7 +214,7 @@ class Conformance:
         world = min(2, rank_pool.size)
         for fields in self.fields[:2]:
             case = Case(self.variant, fields)
-            expected = self.expected(case)
+            expected = self._expected(case)
             result = rank_pool.run(special_calls, how, case, None, world=world)[0]
             errors = result.errors(expected)
             checked = {
@@ -222,7 +242,7 @@ class Conformance:
         case = Case(self.variant, self.fields[0])
         for ranks in ([2, 1], [1, 2]) if rank_pool.size < 6 else ([5, 2, 3], [1, 4]):
             result = rank_pool.run(run_case, case, ranks=sorted(ranks))[0]
-            assert max(result.errors(self.expected(case)).values()) < EXACT
+            assert max(result.errors(self._expected(case)).values()) < EXACT
 
     # What goes wrong
 
