@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from in_rounds import Joining, Rounding, run_in_rounds
 from ring_core import reference, registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, RankPool, Worker
-from ring_core.testing.case import Result, expected_of, visible_of
+from ring_core.testing.case import Result, expected_of, gathered, visible_of
 from ring_core.testing.tasks import build
 
 PLANNERS = (
@@ -38,11 +37,7 @@ def run_planner(worker: Worker, planner: str, case: Case) -> Result | None:
         fetched = elements_fetched(plan.plan, plan.rank, case.kv_heads)
         returned = fetched * case.batch * (case.head_dim + case.value_dim) * 8
         assert sent.counters.bytes_sent == 2 * forward + returned
-    whole = Result(
-        plan.unshard(out.detach()),
-        plan.unshard(lse.detach(), dim=2),
-        *(plan.unshard(x.grad) for x in shards),
-    )
+    whole = gathered(plan, out, lse, *(x.grad for x in shards))
     return whole if worker.rank == 0 else None
 
 
@@ -83,18 +78,15 @@ def many_plans(worker: Worker, count: int) -> list[float]:
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out, lse = attention(*leaves, plan=plan, return_lse=True)
         torch.autograd.backward((out, lse), (dout, dlse))
-        sums.append(
-            float(sum(plan.unshard(x.grad, kv=i > 0).abs().sum() for i, x in enumerate(leaves)))
-        )
+        whole = gathered(plan, out, lse, *(x.grad for x in leaves))
+        sums.append(float(whole.dq.abs().sum() + whole.dk.abs().sum() + whole.dv.abs().sum()))
     return sums
 
 
 def test_two_hundred_random_plans_do_not_hang(cpu_pool: RankPool) -> None:
     """And give the gradients of one process, drop whatever steps they may."""
-    started = time.monotonic()
     sharded = cpu_pool.run(many_plans, 200, world=4, timeout=100)
     alone = cpu_pool.run(many_plans, 200, world=1, timeout=100)
-    assert time.monotonic() - started < 200
     for rank in range(4):
         assert sharded[rank] == pytest.approx(alone[0], rel=1e-10)
 
@@ -239,8 +231,7 @@ def changing_calls(worker: Worker, kind: str) -> list[Result] | None:
         leaves = [plan.shard(x).detach().requires_grad_() for x in (q, k, v)]
         out, lse = attention(*leaves, plan=plan, return_lse=True)
         torch.autograd.backward((out, lse), (plan.shard(dout), plan.shard(dlse, dim=2)))
-        whole = plan.unshard(out.detach()), plan.unshard(lse.detach(), dim=2)
-        results.append(Result(*whole, *(plan.unshard(x.grad) for x in leaves)))
+        results.append(gathered(plan, out, lse, *(x.grad for x in leaves)))
     return results if worker.rank == 0 else None
 
 
@@ -274,11 +265,7 @@ def run_with_one_lse(worker: Worker, case: Case) -> Result | None:
     out, lse = attention(*leaves, plan=plan, return_lse=True)
     used = (out, lse) if worker.rank == 0 else (out,)
     torch.autograd.backward(used, (dout, dlse)[: len(used)])
-    whole = Result(
-        plan.unshard(out.detach()),
-        plan.unshard(lse.detach(), dim=2),
-        *(plan.unshard(x.grad) for x in leaves),
-    )
+    whole = gathered(plan, out, lse, *(x.grad for x in leaves))
     return whole if worker.rank == 0 else None
 
 
