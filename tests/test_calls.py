@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ring_core.errors import (
     RingError,
     RingTimeoutError,
 )
+from ring_core.groups import store_of
 from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.case import visible_of
 from ring_core.testing.tasks import build
@@ -175,14 +177,17 @@ def test_twice_differentiating_is_refused() -> None:
 
 def late_peer(worker: Worker) -> None:
     """The second call is known to all, so rank 0's absence shows in the transfer itself."""
-    import time
-
     attention = registry.create("standard", layout="contiguous", timeout=2.0, group=worker.group)
     q = torch.ones(1, 4, 1, 4)
     attention(q, q, q)
+    store = store_of(worker.group)
     if worker.rank == 0:
-        time.sleep(5)
-    attention(q, q, q)
+        others = range(1, worker.world)
+        store.wait([f"gave up: {rank}" for rank in others], timedelta(seconds=30))
+    try:
+        attention(q, q, q)
+    finally:
+        store.set(f"gave up: {worker.rank}", "")
 
 
 def test_a_late_peer_is_named_alike_on_every_rank(cpu_pool: RankPool) -> None:

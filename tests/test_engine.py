@@ -169,7 +169,7 @@ def test_rounds_of_several_steps_equal_the_reference(
     cpu_pool: RankPool, world: int, shards: float, kernel: str
 ) -> None:
     """The communicator of GPUs, over files in place of their memory."""
-    for fields in (
+    every = (
         {},
         {"causal": True},
         {"causal": True, "layout": "striped"},
@@ -177,14 +177,19 @@ def test_rounds_of_several_steps_equal_the_reference(
         {"window": (3, 9)},
         {"causal": True, "segment_lengths": [10, 40], "dilation_rates": [1, 3]},
         {"segment_lengths": [30, 31], "dilation_rates": [2, 2], "layout": "striped"},
-    ):
-        for sizes in (
-            {"seq_len": 16 * world + 3, "batch": 2, "value_dim": 12},
-            {"cu_seqlens": (0, 1, 14, 14, 41, 43), "batch": 2},
-            {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
-            {"seq_len": 13, "kv_len": 40},
+    )
+    for number, fields in enumerate(every):
+        for other, sizes in enumerate(
+            (
+                {"seq_len": 16 * world + 3, "batch": 2, "value_dim": 12},
+                {"cu_seqlens": (0, 1, 14, 14, 41, 43), "batch": 2},
+                {"seq_len": 23, "lengths": (23, 0, 7, 1), "batch": 4},
+                {"seq_len": 13, "kv_len": 40},
+            )
         ):
             if "segment_lengths" in fields and sizes.keys() & {"kv_len", "lengths"}:
+                continue
+            if world == 8 and (number + other) % 2:  # every one of both, not with every other
                 continue
             case = Case(fields=fields, **sizes)
             result = cpu_pool.run(run_in_rounds, case, shards, kernel, world=world)[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
@@ -118,7 +119,6 @@ class Conformance:
 
     # Numbers
 
-    @pytest.mark.parametrize("world", WORLDS)
     def test_equals_the_reference(self, rank_pool: RankPool, world: int, conforming: Case) -> None:
         """Out, lse, dq, dk, dv equal float64 attention to 1e-10 at every world size."""
         _skip_too_large(rank_pool, world)
@@ -279,22 +279,37 @@ def _skip_too_large(pool: RankPool, world: int) -> None:
         pytest.skip(f"{world} ranks, and this machine has {pool.size} GPUs")
 
 
+def in_worlds(suite: type[Conformance]) -> list[Any]:
+    """Every case of a suite at every world size, as pytest parameters.
+
+    In layouts after the first one, each case takes every second world size, so that each layout
+    meets each sequence and each config at each of them, but not all sequences with all configs.
+    """
+    found = []
+    for turn, parameter in _cases(suite):
+        worlds = WORLDS if turn is None else [w for n, w in enumerate(WORLDS) if n % 2 == turn % 2]
+        found += [
+            pytest.param(*parameter.values, world, id=f"{parameter.id}-{world}") for world in worlds
+        ]
+    return found
+
+
 def cases_of(suite: type[Conformance]) -> list[Any]:
     """Every combination of a suite's fields, layouts and sequences, as pytest parameters."""
-    return [
-        pytest.param(
-            Case(
-                suite.variant,
-                {**fields, **({} if layout == "auto" else {"layout": layout})},
-                **sizes,
-            ),
-            id="-".join([name, *(f"{k}={v}" for k, v in fields.items()), layout]).replace(" ", "_"),
-        )
-        for name, sizes in suite.sequences.items()
-        for fields in suite.fields
-        for place, layout in enumerate(suite.layouts)
-        if place == 0 or suite.in_every_layout is None or name in suite.in_every_layout
-    ]
+    return [parameter for _, parameter in _cases(suite)]
+
+
+def _cases(suite: type[Conformance]) -> Iterator[tuple[int | None, Any]]:
+    """Parameters; and for layouts after the first one, a number that alternates."""
+    for (x, name), (y, fields), (place, layout) in product(
+        enumerate(suite.sequences), enumerate(suite.fields), enumerate(suite.layouts)
+    ):
+        if place and suite.in_every_layout is not None and name not in suite.in_every_layout:
+            continue
+        given = {**fields, **({} if layout == "auto" else {"layout": layout})}
+        shown = "-".join([name, *(f"{k}={v}" for k, v in fields.items()), layout])
+        case = Case(suite.variant, given, **suite.sequences[name])
+        yield x + y + place if place else None, pytest.param(case, id=shown.replace(" ", "_"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -302,9 +317,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     Those that ask for a ``leaking`` one get the cases in which the middle query is denied some key.
     """
-    for name in {"conforming", "leaking"} & set(metafunc.fixturenames):
-        suite = metafunc.cls
-        cases = cases_of(suite)
-        if name == "leaking":
-            cases = [case for case in cases if suite().hidden(case.values[0]).any()]
-        metafunc.parametrize(name, cases)
+    suite = metafunc.cls
+    if "conforming" in metafunc.fixturenames:
+        metafunc.parametrize(("conforming", "world"), in_worlds(suite))
+    if "leaking" in metafunc.fixturenames:
+        cases = [case for case in cases_of(suite) if suite().hidden(case.values[0]).any()]
+        metafunc.parametrize("leaking", cases)
