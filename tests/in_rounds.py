@@ -10,7 +10,7 @@ from ring_attention_standard.kernels.varlen import joined
 
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, Worker
-from ring_core.testing.case import Result
+from ring_core.testing.case import Result, gathered
 from ring_core.testing.tasks import build
 
 
@@ -68,9 +68,5 @@ def run_in_rounds(
     planned = (2 * elements + fetched) * width
     sent = communicator.counters.bytes_sent
     assert sent > planned if chooses else sent == planned
-    whole = Result(
-        plan.unshard(out.detach()),
-        plan.unshard(lse.detach(), dim=2),
-        *(plan.unshard(x.grad, kv=i > 0) for i, x in enumerate(leaves)),
-    )
+    whole = gathered(plan, out, lse, *(x.grad for x in leaves))
     return whole if worker.rank == 0 else None

@@ -29,10 +29,22 @@ def tiles(fields, length, kv_heads, q, k, documents=None):
         yield rows, keys, tile.mask.filled(choice, tile.batch)
 
 
-def compare(kernel, fields, length, documents=None, *, dim=16, value_dim=16, dtype, bound, device):
+def compare(
+    kernel,
+    fields,
+    length,
+    documents=None,
+    *,
+    batch=2,
+    dim=16,
+    value_dim=16,
+    dtype,
+    bound,
+    device,
+):
     """Out, lse and gradients of every tile, with what ``kernel`` and the reference kernel say."""
     torch.manual_seed(0)
-    batch, heads, kv_heads = 2, 4, 2
+    heads, kv_heads = 4, 2
     q, k, v, dout = (
         torch.randn(batch, length, h, d, device=device).to(dtype)
         for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim), (heads, value_dim))
@@ -209,23 +221,17 @@ def interpret():
     """Called by the test below, in the interpreter's process."""
     from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 
-    kernel = TritonBlocks()
-    for name in CASES.keys() - {"documents"}:
-        compare(kernel, *CASES[name], dtype=torch.float32, bound=1e-5, device="cpu")
+    kernel, single = TritonBlocks(), {"dtype": torch.float32, "bound": 1e-5, "device": "cpu"}
+    for name in CASES.keys() - {"documents", "odd sizes", "large blocks"}:
+        compare(kernel, *CASES[name], **single)
+    compare(kernel, *CASES["odd sizes"], **single, dim=20, value_dim=12)
+    compare(kernel, *CASES["large blocks"], **single, batch=1)
     for name in LONG_LISTS.keys() - {"few long lists"}:
-        compare(kernel, *LONG_LISTS[name], dtype=torch.float32, bound=1e-5, device="cpu")
+        compare(kernel, *LONG_LISTS[name], **single, batch=1)
     # The interpreter knows no products of bfloat16.
-    compare(kernel, *CASES["causal window"], dtype=torch.float16, bound=1e-2, device="cpu")
+    half = {"dtype": torch.float16, "bound": 1e-2, "device": "cpu"}
+    compare(kernel, *CASES["causal window"], **half, batch=1)
     large_scores(kernel, "cpu")
-    compare(
-        kernel,
-        *CASES["odd sizes"],
-        dim=20,
-        value_dim=12,
-        dtype=torch.float32,
-        bound=1e-5,
-        device="cpu",
-    )
 
 
 def compile_for_a_gpu():

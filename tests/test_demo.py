@@ -78,12 +78,12 @@ def test_a_quick_run_draws_and_tells(quick: tuple[str, str, Path]) -> None:
     assert "\x1b" not in out + err
 
 
-def test_dilated_runs_agree(tmp_path: Path) -> None:
+def test_dilated_runs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Segments within the two shards, and across them."""
     words = ["--segment-lengths", "64", "512", "--dilation-rates", "1", "2"]
     sizes = ["--context", "512", "--steps", "2", "--processes", "2"]
-    command = [*COMMAND, *words, *sizes, "--output", str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert main(["demo", *words, *sizes, "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
     assert "The two runs agree" in out
     assert "segment_lengths=[64, " in out.replace("\n", " ")
     found = json.loads((tmp_path / "report.json").read_text())

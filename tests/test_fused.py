@@ -92,8 +92,8 @@ def accumulate() -> None:
         heads = 2 * place.heads.count(2)
         out = torch.randn(batch * rows.repeat, rows.count, heads, 8)
         tiles.append((place, out, torch.randn(batch * rows.repeat, heads, rows.count)))
-    for count in range(1, len(tiles) + 1):
-        for first in (0, 1, 7):  # the first may cover all rows, or leave some unseen
+    for first in (0, 1, 7):  # the first may cover all rows, or leave some unseen
+        for count in range(1, len(tiles) - first + 1):
             chosen = tiles[first : first + count]
             found = {}
             for with_it in (False, True):

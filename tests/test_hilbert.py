@@ -192,7 +192,9 @@ def test_no_order_changes_the_result(cpu_pool: RankPool, name: str, world: int) 
     fields = {**GRIDS[name], **SMALL}
     grid = fields.get("grid")
     length = math.prod(grid) + fields.get("prefix", 0) if grid else 43
-    for order in ORDERS:
+    # In the largest world, where all eight ranks plan on few cores, each takes two orders of four.
+    orders = ORDERS[list(GRIDS).index(name) % 2 :: 2] if world == 8 else ORDERS
+    for order in orders:
         case = Case("hilbert", {**fields, "order": order}, seq_len=length)
         expected = expected_of(case, shown(case))
         errors = cpu_pool.run(run_case, case, world=world)[0].errors(expected)
@@ -245,7 +247,7 @@ def of_neighbours(case: Case, grid: tuple[int, ...], radius: int, causal: bool) 
         ((1, 90), 7, 2, "hilbert", False),
         ((37, 61), 3, 4, "hilbert", False),
         ((37, 61), 0, 3, "morton", False),
-        ((37, 61), 1, 8, "auto", False),
+        ((29, 37), 1, 8, "auto", False),
         ((64, 64), 7, 4, "hilbert", False),
         ((64, 64), 3, 8, "tile", False),
         ((7, 9, 11), 1, 8, "hilbert", True),
@@ -373,10 +375,13 @@ def test_blocks_of_a_prefix_are_known_to_be_whole():
 
 
 def test_auto_never_lets_the_world_change_what_is_drawn():
-    fields = {"grid": (32, 32), "block_q": 16, "block_kv": 16}
-    patterns = [{"kind": "random", "blocks": 3}, NEAR]
+    """Where the cheapest order is another one in each world."""
+    patterns = [{"kind": "random", "blocks": 1}, {**NEAR, "radius": 2}]
+    fields = {"grid": (12, 20), "block_q": 8, "block_kv": 8}
     attention = registry.create("hilbert", patterns=patterns, **fields)
-    plans = [attention.make_plan(Sequences.build(1024), world) for world in (1, 2, 8, 64)]
+    plans = [attention.make_plan(Sequences.build(240), world) for world in (1, 2, 3, 8)]
+    cheapest = {min(plan.weighed, key=lambda one: one.cost).name for plan in plans}
+    assert len(cheapest) > 2
     assert len({plan.order_name for plan in plans}) == 1
 
 

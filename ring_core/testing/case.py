@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ring_core import registry
+from ring_core.rank_plan import RankPlan
 from ring_core.testing.pool import Worker
 
 
@@ -145,13 +146,23 @@ def run_case(worker: Worker, case: Case) -> Result | None:
     gradients = torch.autograd.grad(
         (out, lse), shards, (plan.shard(dout), plan.shard(dlse, dim=2)), materialize_grads=True
     )
-    whole = [
-        plan.unshard(out.detach()),
-        plan.unshard(lse.detach(), dim=2),
-        plan.unshard(gradients[0]),
-        *(plan.unshard(gradient, kv=True) for gradient in gradients[1:]),
-    ]
-    return Result(*(x.cpu() for x in whole)) if worker.rank == 0 else None
+    whole = gathered(plan, out, lse, *gradients)
+    return whole if worker.rank == 0 else None
+
+
+def gathered(plan: RankPlan, out: Tensor, lse: Tensor, *gradients: Tensor | None) -> Result:
+    """Whole tensors; a missing gradient is NaN. Those of one side travel together."""
+    dq, dk, dv = gradients
+    out, dq = _unsharded(plan, (out.detach(), dq), kv=False)
+    dk, dv = _unsharded(plan, (dk, dv), kv=True)
+    return Result(out, plan.unshard(lse.detach(), dim=2).cpu(), dq, dk, dv)
+
+
+def _unsharded(plan: RankPlan, shards: Sequence[Tensor | None], kv: bool) -> list[Tensor]:
+    there = [x for x in shards if x is not None]
+    whole = plan.unshard(torch.cat(there, -1), kv=kv).cpu() if there else torch.empty(0)
+    parts = iter(whole.split([x.shape[-1] for x in there], -1)) if there else iter(())
+    return [torch.full((1,), torch.nan) if x is None else next(parts) for x in shards]
 
 
 def visible_of(case: Case) -> Tensor:

@@ -111,7 +111,11 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("spawn")
+        if self.device_type == "cpu" and "forkserver" in multiprocessing.get_all_start_methods():
+            # One process imports torch and is forked, in place of eight that import it.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
         port = _free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ring_core import registry
 from ring_core.attention import BaseRingAttention
+from ring_core.groups import store_of
 from ring_core.rank_plan import RankPlan
-from ring_core.testing.case import Case, Result, run_case
+from ring_core.testing.case import Case, Result, gathered, run_case
 from ring_core.testing.pool import Worker
 
 Shards = tuple[Tensor, ...]
@@ -31,17 +32,6 @@ def build(worker: Worker, case: Case) -> tuple[BaseRingAttention, RankPlan, Shar
         plan.shard(dlse, dim=2),
     )
     return attention, plan, shards
-
-
-def gathered(plan: RankPlan, out: Tensor, lse: Tensor, *gradients: Tensor | None) -> Result:
-    """Whole tensors; a missing gradient is NaN."""
-    whole = [plan.unshard(out.detach()), plan.unshard(lse.detach(), dim=2)]
-    for gradient, kv in zip(gradients, (False, True, True), strict=True):
-        if gradient is None:
-            whole.append(torch.full((1,), torch.nan))
-        else:
-            whole.append(plan.unshard(gradient, kv=kv))
-    return Result(*(x.cpu() for x in whole))
 
 
 def special_calls(worker: Worker, how: str, case: Case, hidden: Tensor | None) -> Result:
@@ -164,7 +154,7 @@ def call_without_plan(worker: Worker, case: Case) -> bool:
 def disagree(worker: Worker, case: Case, what: str) -> Any:
     """Rank 0 calls unlike the others, or (``missing``) not at all before the others give up."""
     odd = worker.rank == 0
-    fields = {**case.fields, "timeout": 3.0 if what == "missing" else 20.0}
+    fields = {**case.fields, "timeout": 0.5 if what == "missing" else 20.0}
     if what == "config" and odd:
         fields["softmax_scale"] = 0.123
     attention = registry.create(case.variant, group=worker.group, **fields)
@@ -174,6 +164,10 @@ def disagree(worker: Worker, case: Case, what: str) -> Any:
     dtype = torch.float32 if what == "dtype" and odd else torch.float64
     rows = plan.local_len + (what == "bad_shape" and odd)
     q = torch.ones(1, rows, heads, 8, dtype=dtype, device=worker.device)
+    store = store_of(worker.group)
     if what == "missing" and odd:
-        time.sleep(6)
-    return attention(q, q, q, plan=plan).sum().item()
+        store.wait([f"gave up: {rank}" for rank in range(1, worker.world)], timedelta(seconds=30))
+    try:
+        return attention(q, q, q, plan=plan).sum().item()
+    finally:
+        store.set(f"gave up: {worker.rank}", "")
