@@ -56,7 +56,7 @@ class Agreement:
             RingError: the group failed in an earlier call; that call's error.
         """
         if self._dead is not None:
-            raise _decode(self._dead)
+            raise decode(self._dead)
         self._calls += 1
         return self._calls
 
@@ -83,7 +83,7 @@ class Agreement:
         # The first verdict to be written holds for all, so nobody goes on while another gives up.
         verdict = _COMPLETE
         if missing:
-            verdict = _encode(
+            verdict = encode(
                 DisagreementError(
                     f"{_ranks(missing)} did not reach, within {timeout:g} s, the call that the "
                     f"other ranks of the group made: {_summary(signature)}. Every rank of the "
@@ -92,7 +92,7 @@ class Agreement:
             )
         verdict = self._decide(self._key(call, "verdict"), verdict)
         if verdict != _COMPLETE:
-            raise _decode(verdict)
+            raise decode(verdict)
         posts = {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys)}
         self._forget(call)
         if message := _difference(posts) or _out_of_step(posts):
@@ -124,11 +124,23 @@ class Agreement:
                 f"{error}"
             )
             # This rank's transfers are out of step with the others' from here on.
-            self._dead = self._decide(self._key(call, "failed"), _encode(told))
+            self._dead = self._decide(self._key(call, "failed"), encode(told))
             return None
-        agreed = self._why(call, signature) or _encode(error)
+        agreed = self._why(call, signature) or encode(error)
         self._dead = self._decide(f"{self._prefix}/dead", agreed)
-        return _decode(self._dead)
+        return decode(self._dead)
+
+    def end(self, call: int, error: RingError) -> RingError:
+        """The group cannot be used after ``call``: every later one raises at once what this gives,
+        the same on all ranks: ``error``, or that a rank had refused its input.
+        """
+        keys = {rank: self._key(call, rank) for rank in range(self._world)}
+        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        posts = {rank: json.loads(self._store.get(key)) for rank, key in there.items()}
+        if message := _refusals(posts):
+            error = DisagreementError(message)
+        self._dead = self._decide(f"{self._prefix}/dead", encode(error))
+        return decode(self._dead)
 
     def _raise_if_dead(self, seconds: float) -> None:
         """Raise what the group failed with, if it did or does so within ``seconds``."""
@@ -138,7 +150,7 @@ class Agreement:
                 self._store.wait([key], timedelta(seconds=seconds))
         if self._store.check([key]):
             self._dead = str(self._store.get(key).decode())
-            raise _decode(self._dead)
+            raise decode(self._dead)
 
     def _why(self, call: int, signature: Signature) -> str | None:
         for what in ("verdict", "failed"):
@@ -156,7 +168,7 @@ class Agreement:
         except RuntimeError:
             keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
         message = _difference({r: json.loads(self._store.get(key)) for r, key in keys.items()})
-        return _encode(DisagreementError(message)) if message else None
+        return encode(DisagreementError(message)) if message else None
 
     def _post(self, call: int, signature: Signature) -> None:
         content = {"digest": signature.digest, "fields": signature.fields, "ran": self._ran}
@@ -182,24 +194,21 @@ def tag(call: int, direction: str, signature: Signature) -> int:
     return zlib.crc32(f"{call}/{direction}/{signature.digest}".encode()) & 0x3FFFFFFF | 0x40000000
 
 
-def _encode(error: RingError) -> str:
+def encode(error: RingError) -> str:
+    """An error as text that :func:`decode` makes an equal one of, on any rank."""
     return json.dumps([type(error).__name__, str(error)])
 
 
-def _decode(verdict: str) -> RingError:
+def decode(verdict: str) -> RingError:
+    """The error of a text of :func:`encode`."""
     kind, message = json.loads(verdict)
     error: RingError = getattr(errors, kind, RingError)(message)
     return error
 
 
 def _difference(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
-    refused = [
-        f"rank {rank} refused its input: {post['refused']}"
-        for rank, post in posts.items()
-        if "refused" in post
-    ]
-    if refused:
-        return "; ".join(refused)
+    if refused := _refusals(posts):
+        return refused
     if len({post["digest"] for post in posts.values()}) <= 1:
         return None
     names = sorted({name for post in posts.values() for name in post["fields"]})
@@ -218,6 +227,15 @@ def _difference(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
             "Give every rank the same config, plan, shapes and dtype.",
         ]
     )
+
+
+def _refusals(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
+    refused = [
+        f"rank {rank} refused its input: {post['refused']}"
+        for rank, post in posts.items()
+        if "refused" in post
+    ]
+    return "; ".join(refused) or None
 
 
 def _out_of_step(posts: Mapping[int, Mapping[str, Any]]) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ring_core import groups
-from ring_core.calls import Call
+from ring_core.calls import AnyCall, Call
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import ConfigError, InputError
 from ring_core.exchange import Exchange
@@ -215,7 +215,7 @@ class BaseRingAttention(nn.Module):
         plan: RankPlan | None,
         training: bool,
         wants: tuple[bool, bool, bool],
-    ) -> Call:
+    ) -> AnyCall:
         """Number a call and check its inputs; what the operator runs first."""
         group = plan.group if plan is not None else self._target()
         number = self._next_call(group)
@@ -243,7 +243,7 @@ class BaseRingAttention(nn.Module):
         wants: tuple[bool, bool, bool],
         number: int,
         seed: int,
-    ) -> Call:
+    ) -> AnyCall:
         """The call of that number again, for its backward."""
         return Call(
             self.runtime,

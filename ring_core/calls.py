@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,23 @@ from ring_core.exchange import Exchange
 from ring_core.program import Program
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import Runtime, agreement_of
+
+
+class AnyCall(Protocol):
+    """What the operator runs: a :class:`Call`, or what stands around one."""
+
+    number: int
+    seed: int
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Out of this rank's queries, and lse in the accumulation dtype."""
+        ...
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v."""
+        ...
 
 
 class Call:
@@ -66,9 +83,7 @@ class Call:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out of this rank's queries, and lse in the accumulation dtype."""
-        if self.group is not None and self.signature is not None:
-            timeout = self.runtime.config.timeout
-            agreement_of(self.group).check(self.number, self.signature, timeout)
+        self.agree()
         with engine.quiet(q.device), _FailingAlike(self):
             return self.attended(q, k, v)
 
@@ -79,6 +94,16 @@ class Call:
         q, k, v, out, lse = saved
         with engine.quiet(q.device), _FailingAlike(self):
             return self.differentiated(dout, dlse, q, k, v, out, lse)
+
+    def agree(self) -> None:
+        """Wait until every rank of the group came to this call with an equal signature.
+
+        Raises:
+            DisagreementError: some rank did not.
+        """
+        if self.group is not None and self.signature is not None:
+            timeout = self.runtime.config.timeout
+            agreement_of(self.group).check(self.number, self.signature, timeout)
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`forward`, between ranks that agreed to it."""

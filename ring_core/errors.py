@@ -69,7 +69,11 @@ class RingTimeoutError(RingError, TimeoutError):
 
 
 class RankFailedError(RingError):
-    """A process started by this library raised or died; its own traceback is the cause."""
+    """A rank raised, died or hung; the message names it. Its own traceback is the cause."""
+
+
+class NonFiniteError(RingError, ArithmeticError):
+    """A call gave infinite numbers or NaN where they were to be checked; names ranks and places."""
 
 
 class DemoError(RingError):

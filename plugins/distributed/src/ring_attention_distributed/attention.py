@@ -13,15 +13,16 @@ from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.cost import quickest
 from ring_attention_distributed.heads import Split, degrees
 from ring_attention_distributed.mesh import Mesh, places, ring_group, ring_plan
+from ring_attention_distributed.steady import WAIT, SteadyCall
 from ring_core.attention import BaseRingAttention
-from ring_core.calls import Call
+from ring_core.calls import AnyCall, Call
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import InputError
 from ring_core.exchange import Exchange
 from ring_core.plan import Plan
 from ring_core.rank_plan import RankPlan
 from ring_core.registry import Registry
-from ring_core.runtime import Recent
+from ring_core.runtime import Recent, Runtime
 from ring_core.sequences import Sequences
 
 
@@ -50,6 +51,7 @@ class DistributedRingAttention(BaseRingAttention):
         super().__init__(config, group=group, registry=registry, **fields)
         self.inner = self._registry.create(self.config.whole_inner(), group=group)
         self._hybrids: Recent[Hybrid] | None = None
+        self._steady: Runtime | None = None
 
     @property
     def rearranges(self) -> bool:  # type: ignore[override]
@@ -99,7 +101,7 @@ class DistributedRingAttention(BaseRingAttention):
         wants: tuple[bool, bool, bool],
         number: int,
         seed: int,
-    ) -> Call:
+    ) -> AnyCall:
         whole = self._implied_plan(q, k) if plan is None else plan
         degree = self.degree(whole, q, k, v)
         call: dict[str, Any] = {
@@ -109,10 +111,33 @@ class DistributedRingAttention(BaseRingAttention):
             "seed": seed,
             "also": (("ulysses in this call", str(degree)),),
         }
-        if degree == 1:
-            return Call(self.runtime, self.choose, whole, q, k, v, **call)
-        hybrid = partial(self._hybrid, whole, degree, q.shape[2], k.shape[2])
-        return HybridCall(self.runtime, self.choose, whole, q, k, v, **call, hybrid=hybrid)
+
+        def on(plan: RankPlan, runtime: Runtime = self.runtime) -> Call:
+            if degree == 1:
+                return Call(runtime, self.choose, plan, q, k, v, **call)
+            hybrid = partial(self._hybrid, plan, degree, q.shape[2], k.shape[2])
+            return HybridCall(runtime, self.choose, plan, q, k, v, **call, hybrid=hybrid)
+
+        config = self.config
+        if whole.world == 1 or not (config.retries or config.check_finite):
+            return on(whole)
+        return SteadyCall(
+            on(whole),
+            partial(on, runtime=self._steady_runtime),
+            device=q.device,
+            retries=config.retries,
+            backoff=config.backoff,
+            finite=config.check_finite,
+        )
+
+    @property
+    def _steady_runtime(self) -> Runtime:
+        """Whose transfers leave some of the deadline for the ranks to meet."""
+        if self._steady is None:
+            timeout = WAIT * self.config.timeout
+            config = self.config.model_copy(update={"timeout": timeout})
+            self._steady = Runtime(config, self._registry)
+        return self._steady
 
     def _hybrid(self, plan: RankPlan, degree: int, q_heads: int, kv_heads: int) -> Hybrid:
         """Made at the first call of a kind, once its ranks have agreed: it may make groups."""
@@ -124,7 +149,7 @@ class DistributedRingAttention(BaseRingAttention):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_hybrids": None}
+        return {**super().__getstate__(), "_hybrids": None, "_steady": None}
 
 
 def hybrid_of(plan: RankPlan, degree: int, q_heads: int, kv_heads: int, timeout: float) -> Hybrid:

@@ -65,6 +65,18 @@ class DistributedConfig(RingAttentionConfig):
     'auto' takes the degree that is predicted to be fastest; 1 is a ring of all ranks. A group of
     one rank exchanges nothing."""
 
+    retries: int = Field(default=0, ge=0, le=20)
+    """How often a call is tried again whose transfers failed, by agreement of all its ranks, on a
+    fresh process group and from unchanged inputs. With retries or checks the ranks meet after every
+    forward and backward, so that each ends alike on all of them: no rank runs ahead."""
+
+    backoff: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """Seconds before the first retry; twice as long before each further one."""
+
+    check_finite: bool = False
+    """Whether inputs, out and gradients are checked for infinite numbers and NaN, outside padding;
+    all ranks then raise one error that names rank, tensor and token."""
+
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, given: Any) -> Any:

@@ -1,0 +1,58 @@
+"""A group of the library's own for the transfers of a group, replaced where it fails."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+from ring_attention_distributed.child import child_group
+from ring_attention_distributed.verdict import Meetings
+from ring_core.groups import rank_and_world, store_of
+
+
+class Lane:
+    """A process group that failed is dead. The caller's own group must not die of transfers here,
+    so they have one of their own; what they agree goes through the store of the caller's.
+
+    Attributes:
+        meetings: of the ranks of the caller's group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._child: Any | None = None
+        store = store_of(group)
+        rank, world = rank_and_world(group)
+        # A store may outlive the group, as a launcher's does; its next group reads other keys.
+        turn = store.add(f"ring_attention/lane/{rank}", 1)
+        self.meetings = Meetings(store, rank, world, f"ring_attention/lane/{turn}")
+
+    def group(self, timeout: float) -> Any:
+        """The process group to use now, made if there is none; all ranks ask alike.
+
+        Raises:
+            CommunicatorError: a rank did not come within ``timeout`` seconds.
+        """
+        if self._child is None:
+            ranks = dist.get_process_group_ranks(self._group)
+            self._child = child_group(self._group, ranks, timeout)
+        return self._child
+
+    def fail(self) -> None:
+        """Give the process group up; the next question makes another."""
+        child, self._child = self._child, None
+        # Not destroyed: torch would give its name, and what its store holds, to the next one.
+        if child is not None and hasattr(child, "abort"):
+            child.abort()
+
+
+_lanes: WeakKeyDictionary[Any, Lane] = WeakKeyDictionary()
+
+
+def lane_of(group: Any) -> Lane:
+    """The lane of a group, shared by all its attentions."""
+    if group not in _lanes:
+        _lanes[group] = Lane(group)
+    return _lanes[group]

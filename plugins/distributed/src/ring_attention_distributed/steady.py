@@ -1,0 +1,144 @@
+"""A call that ends alike on all ranks: tried again after failed transfers, or one error for all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ring_attention_distributed.finite import not_finite
+from ring_attention_distributed.lane import Lane, lane_of
+from ring_attention_distributed.verdict import Report
+from ring_core import engine
+from ring_core.calls import Call
+from ring_core.errors import CommunicatorError, RingTimeoutError
+from ring_core.rank_plan import RankPlan
+from ring_core.runtime import agreement_of
+
+logger = logging.getLogger("ring_attention_distributed")
+
+T = TypeVar("T", bound=tuple[Tensor, ...])
+
+WAIT = 0.75
+"""Of the deadline, what a transfer may take; the rest is for the ranks to meet."""
+
+
+class SteadyCall:
+    """An attempt is the whole forward, or backward, from inputs that nobody changed. When it ended,
+    well or not, the ranks meet: all go on, all try again on a fresh process group, or all raise.
+
+    Args:
+        call: of the group, for its number and for what ranks compare.
+        on: makes the call that attends, by a plan over the process group to use.
+        device: of the tensors.
+        retries: attempts after the first. backoff: seconds before the second, then twice as long.
+        finite: whether to check what comes out.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        on: Callable[[RankPlan], Call],
+        *,
+        device: torch.device,
+        retries: int,
+        backoff: float,
+        finite: bool,
+    ) -> None:
+        self._call, self._on, self._device = call, on, device
+        self._retries, self._backoff, self._finite = retries, backoff, finite
+        self._timeout = call.runtime.config.timeout
+        self.number, self.seed = call.number, call.seed
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Out of this rank's queries, and lse in the accumulation dtype."""
+        self._call.agree()
+        inputs = {"q": q, "k": k, "v": v}
+        return self._steadily("forward", ("out",), inputs, lambda call: call.attended(q, k, v))
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v."""
+        names = ("dq", "dk", "dv")
+        inputs = {"the gradient of out": dout}
+        return self._steadily(
+            "backward", names, inputs, lambda call: call.differentiated(dout, dlse, *saved)
+        )
+
+    def _steadily(
+        self,
+        direction: str,
+        names: tuple[str, ...],
+        inputs: dict[str, Tensor],
+        run: Callable[[Call], T],
+    ) -> T:
+        call, plan = self._call, self._call.plan
+        lane = lane_of(plan.group)
+        for attempt in range(self._retries + 1):
+            what = f"{direction} of call {call.number}"
+            if attempt:
+                what += f", attempt {attempt + 1}"
+            here = f"rank {plan.rank} of {plan.world}, {what}"
+            result: T | None = None
+            raised: Exception | None = None
+            started = time.monotonic()
+            try:
+                with engine.quiet(self._device):
+                    result = run(self._on(lane_plan(plan, lane, WAIT * self._timeout)))
+                    self._settle(here, started)
+                report = Report("done")
+                if self._finite:
+                    found = not_finite(plan, {**inputs, **dict(zip(names, result, strict=False))})
+                    report = Report("nonfinite", f"{here}: {found}") if found else report
+            except (RingTimeoutError, CommunicatorError) as error:
+                report, raised = Report("late", f"{here}: {error}"), error
+            except Exception as other:
+                report = Report("raised", f"{here}: {type(other).__name__}: {other}")
+                raised = other
+            left = self._timeout - (time.monotonic() - started)
+            verdict = lane.meetings.meet(what, report, max(left, (1 - WAIT) * self._timeout))
+            if report.ending in ("late", "raised") or verdict.again:
+                lane.fail()
+            if verdict.error is None:
+                assert result is not None
+                return result
+            if verdict.again and attempt < self._retries:
+                pause = self._backoff * 2**attempt
+                logger.warning("%s; trying again in %g s", verdict.text, pause)
+                time.sleep(pause)
+                continue
+            lane.fail()
+            ending = verdict.error
+            if verdict.lost:
+                ending = agreement_of(plan.group).end(call.number, ending)
+            if report.ending == "raised" and raised is not None:
+                raise raised  # the others have it by name
+            raise ending from raised
+        raise AssertionError("an attempt ends with a result, another attempt or an error")
+
+    def _settle(self, here: str, started: float) -> None:
+        """Wait until a GPU has done its part: only then is it known whether all came."""
+        device = self._device
+        if device.type != "cuda":
+            return
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(device))
+        while not done.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() - started > WAIT * self._timeout:
+                raise RingTimeoutError(f"{here}: the GPU waits for a peer's data")
+            time.sleep(2e-5)
+
+
+def lane_plan(plan: RankPlan, lane: Lane, timeout: float) -> RankPlan:
+    """The plan over the lane's process group of the moment."""
+    group = lane.group(timeout)
+    made: dict[object, RankPlan] = plan.__dict__.setdefault("_on_lanes", {})
+    if group not in made:
+        made.clear()  # others are dead
+        made[group] = RankPlan(plan.plan, plan.sequences, group, plan.made_by)
+    return made[group]
