@@ -258,27 +258,14 @@ def test_dilated_cross_attention_is_refused_by_name():
         attention.plan(16, kv_len=20)
 
 
-PRESET_FIELDS = {
-    "production": {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]},
-    "large_scale": {
-        "segment_lengths": [4096, 8192, 16384, 32768],
-        "dilation_rates": [1, 2, 4, 8],
-    },
-}
-"""What presets of other plugins will use (``hilbert_optimized`` has production's)."""
-
-
-@pytest.mark.parametrize("preset", ["development", *PRESET_FIELDS])
+@pytest.mark.parametrize("preset", ["development", "production", "large_scale"])
 def test_presets_run_on_four_ranks(cpu_pool: RankPool, preset):
     """At a length of several segments that divides nothing; float32 against one device."""
-    if preset == "development":
-        fields = dict(registry.presets()[preset].fields)
-        chosen = registry.create_from_preset(preset)
-        assert chosen.config.segment_lengths == (2048, 4096)
-        assert chosen.config.deterministic
-    else:
-        fields = PRESET_FIELDS[preset]
-    case = Case(fields={**fields, "causal": True}, seq_len=20_001, dtype="float32")
+    chosen = registry.presets()[preset]
+    attention = registry.create_from_preset(preset, causal=True)
+    assert attention.config.causal
+    assert attention.config.variant == chosen.variant
+    case = Case(chosen.variant, {**chosen.fields, "causal": True}, seq_len=20_001, dtype="float32")
     alone = cpu_pool.run(run_case, case, world=1)[0]
     many = cpu_pool.run(run_case, case, world=4)[0]
     assert max(many.errors(alone).values()) < 1e-4

@@ -121,6 +121,7 @@ def steps(group: Any, rank: int, drill: dict[str, Any]) -> list[dict[str, Any]]:
             backoff=0.05,
             check_finite=True,
             timeout=TIMEOUT,
+            monitor=True,
             ulysses=drill["ulysses"],
         )
         return [_step(attention, saboteur, drill, step, rank) for step in range(STEPS)]
@@ -159,7 +160,8 @@ def _step(attention, saboteur, drill, step, rank) -> dict[str, Any]:
         }
     right = [plan.shard(x) for x in wanted]
     error = max(float((a - b).abs().max()) for a, b in zip(found, right, strict=True))
-    return {"off by": error, "seconds": time.monotonic() - started}
+    retries = sum(one.retries for one in list(attention.monitor.records)[-2:])
+    return {"off by": error, "seconds": time.monotonic() - started, "retries": retries}
 
 
 def in_pool(worker: Worker, drill: dict[str, Any]) -> list[dict[str, Any]]:
@@ -190,6 +192,8 @@ def check(drill: dict[str, Any], outcomes: dict[int, list[dict[str, Any]]]) -> N
             if step < drill["step"] or healed:
                 assert one.get("off by", 1) < 1e-10, (drill, rank, step, one)
     if healed:
+        retried = {rank: found[drill["step"]]["retries"] for rank, found in outcomes.items()}
+        assert set(retried.values()) == {int(kind == "drop")}, (drill, retried)
         return
     struck = {rank: found[drill["step"]] for rank, found in outcomes.items()}
     others = [one for rank, one in struck.items() if rank != victim]

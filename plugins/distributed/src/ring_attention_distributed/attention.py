@@ -13,6 +13,7 @@ from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.cost import quickest
 from ring_attention_distributed.heads import Split, degrees
 from ring_attention_distributed.mesh import Mesh, places, ring_group, ring_plan
+from ring_attention_distributed.monitor import Monitor, MonitoredCall, monitor_by
 from ring_attention_distributed.steady import WAIT, SteadyCall
 from ring_core.attention import BaseRingAttention
 from ring_core.calls import AnyCall, Call
@@ -112,6 +113,19 @@ class DistributedRingAttention(BaseRingAttention):
             "also": (("ulysses in this call", str(degree)),),
         }
 
+        made = self._call_of(whole, degree, q, k, v, call)
+        monitor = self.monitor
+        return made if monitor is None else MonitoredCall(made, monitor, q.device)
+
+    def _call_of(
+        self,
+        whole: RankPlan,
+        degree: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: dict[str, Any],
+    ) -> AnyCall:
         def on(plan: RankPlan, runtime: Runtime = self.runtime) -> Call:
             if degree == 1:
                 return Call(runtime, self.choose, plan, q, k, v, **call)
@@ -129,6 +143,11 @@ class DistributedRingAttention(BaseRingAttention):
             backoff=config.backoff,
             finite=config.check_finite,
         )
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What this rank's calls cost, where the config asks for it."""
+        return monitor_by(self.config, self._target())
 
     @property
     def _steady_runtime(self) -> Runtime:

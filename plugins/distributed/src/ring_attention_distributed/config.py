@@ -77,6 +77,22 @@ class DistributedConfig(RingAttentionConfig):
     """Whether inputs, out and gradients are checked for infinite numbers and NaN, outside padding;
     all ranks then raise one error that names rank, tensor and token."""
 
+    monitor: bool = False
+    """Whether each forward and backward is timed on each rank: computing, waiting for data, bytes,
+    retries, memory, and who computes for longer than the others. ``attention.monitor.records``
+    holds the last ones."""
+
+    metrics_log: str | None = None
+    """Folder for a file of JSON lines for each rank, one line a forward or backward; turns the
+    monitor on."""
+
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of rank 0's HTTP endpoint for Prometheus; the ranks of a host listen on the ports from
+    there on; 0 takes free ones. Turns the monitor on."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address that endpoints listen on; only this machine by default."""
+
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, given: Any) -> Any:
@@ -104,6 +120,17 @@ class DistributedConfig(RingAttentionConfig):
     def _inner_accepts(self) -> Self:
         self.whole_inner()
         return self
+
+    @model_validator(mode="after")
+    def _listens(self) -> Self:
+        if "metrics_host" in self.model_fields_set and self.metrics_port is None:
+            raise ValueError("metrics_host: nothing listens without metrics_port; give one")
+        return self
+
+    @property
+    def monitored(self) -> bool:
+        """Whether calls are timed."""
+        return self.monitor or self.metrics_log is not None or self.metrics_port is not None
 
     def whole_inner(self) -> RingAttentionConfig:
         """The inner variant's config with the common fields.

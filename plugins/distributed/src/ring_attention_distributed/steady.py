@@ -37,6 +37,9 @@ class SteadyCall:
         device: of the tensors.
         retries: attempts after the first. backoff: seconds before the second, then twice as long.
         finite: whether to check what comes out.
+
+    Attributes:
+        retried: attempts after the first, so far.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SteadyCall:
         self._retries, self._backoff, self._finite = retries, backoff, finite
         self._timeout = call.runtime.config.timeout
         self.number, self.seed = call.number, call.seed
+        self.retried = 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out of this rank's queries, and lse in the accumulation dtype."""
@@ -108,6 +112,7 @@ class SteadyCall:
                 assert result is not None
                 return result
             if verdict.again and attempt < self._retries:
+                self.retried += 1
                 pause = self._backoff * 2**attempt
                 logger.warning("%s; trying again in %g s", verdict.text, pause)
                 time.sleep(pause)

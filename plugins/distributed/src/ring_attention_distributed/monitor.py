@@ -1,0 +1,272 @@
+"""What calls cost on this rank: a line of a log and numbers of an endpoint for each of them."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import resource
+import statistics
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ring_attention_distributed.config import DistributedConfig
+from ring_attention_distributed.endpoint import Endpoint
+from ring_core.calls import AnyCall
+from ring_core.groups import rank_and_world, store_of
+
+logger = logging.getLogger("ring_attention_distributed")
+
+_EVERY = 1.0
+"""Seconds between looks at what the other ranks took."""
+_BEHIND = 1.5
+"""A rank that computes for so many times the median rank's time is called a straggler."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One forward or backward on one rank; a line of the log.
+
+    Attributes:
+        time: when it ended, seconds since the epoch. call: its number in the group.
+        seconds: from its begin to its end; on a GPU of the stream's time. waiting: of those for
+            data of other ranks. bytes_sent, bytes_received: by this rank.
+        retries: attempts after the first. memory_bytes: held by torch on the GPU, or the most that
+            the process held.
+        slowdown: this rank's computing over the median rank's when that was last compared.
+    """
+
+    time: float
+    rank: int
+    world: int
+    call: int
+    direction: str
+    seconds: float
+    waiting: float
+    bytes_sent: int
+    bytes_received: int
+    transfers: int
+    retries: int
+    memory_bytes: int
+    slowdown: float
+
+    @property
+    def computing(self) -> float:
+        """Seconds that were not spent waiting."""
+        return max(0.0, self.seconds - self.waiting)
+
+
+class Clock:
+    """Points in time: of a GPU's stream, or of the processor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def now(self) -> Any:
+        """A mark; on a GPU it takes no time of the processor's."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
+    @staticmethod
+    def passed(mark: Any) -> bool:
+        """Whether the stream has come to it."""
+        return isinstance(mark, float) or bool(mark.query())
+
+    @staticmethod
+    def between(first: Any, last: Any) -> float:
+        """Seconds."""
+        if isinstance(first, float):
+            return float(last - first)
+        return float(first.elapsed_time(last)) / 1e3
+
+
+@dataclass
+class Span:
+    """A call under way, or one whose GPU is still at it."""
+
+    clock: Clock
+    number: int
+    direction: str
+    first: Any
+    last: Any = None
+    waits: list[tuple[Any, Any]] = field(default_factory=list)
+    sent: int = 0
+    received: int = 0
+    transfers: int = 0
+    retries: int = 0
+    ended: float = 0.0
+    memory: int = 0
+
+
+_here = threading.local()
+
+
+def current() -> Span | None:
+    """The call that this thread is in, if it is monitored."""
+    return getattr(_here, "span", None)
+
+
+class Monitor:
+    """Of one group on this rank; shared by all its attentions that write to the same places.
+
+    Args:
+        log: folder for ``rank-N.jsonl``. address: (host, port) of the first rank's endpoint; the
+            others' ports follow it; port 0 takes a free one.
+    """
+
+    def __init__(self, group: Any, log: str | None, address: tuple[str, int] | None) -> None:
+        self.rank, self.world = rank_and_world(group)
+        self.records: deque[Record] = deque(maxlen=1024)
+        self.slowdown = 1.0
+        self.endpoint = Endpoint(self.rank, address) if address is not None else None
+        self._store = store_of(group) if self.world > 1 else None
+        self._log = _open(log, self.rank) if log is not None else None
+        self._spans: deque[Span] = deque()
+        self._lock = threading.Lock()
+        self._computed, self._calls, self._compared = 0.0, 0, time.monotonic()
+        if self._store is not None:
+            turn = self._store.add(f"ring_attention/monitor/turn/{self.rank}", 1)
+            self._prefix = f"ring_attention/monitor/{turn}"
+        atexit.register(self.flush, wait=True)
+
+    def begin(self, number: int, direction: str, device: torch.device) -> Span:
+        """A call begins on this thread."""
+        clock = Clock(device)
+        _here.span = span = Span(clock, number, direction, clock.now())
+        return span
+
+    def end(self, span: Span, retries: int, device: torch.device) -> None:
+        """It ended, well or not."""
+        _here.span = None
+        span.last, span.ended, span.retries = span.clock.now(), time.time(), retries
+        span.memory = (
+            torch.cuda.memory_allocated(device)
+            if device.type == "cuda"
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        with self._lock:
+            self._spans.append(span)
+        self.flush()
+
+    def flush(self, wait: bool = False) -> None:
+        """Write down the calls that ended; ``wait`` for a GPU that is still at them."""
+        with self._lock:
+            while self._spans and (wait or Clock.passed(self._spans[0].last)):
+                span = self._spans.popleft()
+                if wait and not isinstance(span.last, float):
+                    span.last.synchronize()
+                self._write(span)
+            if self._log is not None and not self._log.closed:
+                self._log.flush()
+        self._compare()
+
+    def _write(self, span: Span) -> None:
+        record = Record(
+            time=span.ended,
+            rank=self.rank,
+            world=self.world,
+            call=span.number,
+            direction=span.direction,
+            seconds=Clock.between(span.first, span.last),
+            waiting=sum(Clock.between(*wait) for wait in span.waits),
+            bytes_sent=span.sent,
+            bytes_received=span.received,
+            transfers=span.transfers,
+            retries=span.retries,
+            memory_bytes=span.memory,
+            slowdown=self.slowdown,
+        )
+        self.records.append(record)
+        self._computed += record.computing
+        self._calls += 1
+        if self._log is not None:
+            self._log.write(json.dumps(asdict(record)) + "\n")
+        if self.endpoint is not None:
+            self.endpoint.count(record, record.computing)
+
+    def _compare(self) -> None:
+        """Tell the others how long this rank computes; see who takes longest."""
+        if self._store is None or time.monotonic() - self._compared < _EVERY or not self._calls:
+            return
+        self._compared = time.monotonic()
+        mean, self._computed, self._calls = self._computed / self._calls, 0.0, 0
+        try:
+            self._store.set(f"{self._prefix}/{self.rank}", str(mean))
+            keys = [f"{self._prefix}/{rank}" for rank in range(self.world)]
+            found = {
+                rank: float(self._store.get(key))
+                for rank, key in enumerate(keys)
+                if self._store.check([key])
+            }
+        except RuntimeError:
+            return  # the store went down with who served it; calls say so
+        usual = statistics.median(found.values())
+        self.slowdown = mean / usual if usual else 1.0
+        slowest = max(found, key=lambda rank: found[rank])
+        if self.rank == 0 and usual and found[slowest] > _BEHIND * usual:
+            logger.warning(
+                "rank %d of %d computes %.2f times as long as the median rank",
+                slowest,
+                self.world,
+                found[slowest] / usual,
+            )
+
+
+class MonitoredCall:
+    """A call whose begin and end are told to the monitor."""
+
+    def __init__(self, call: AnyCall, monitor: Monitor, device: torch.device) -> None:
+        self._call, self._monitor, self._device = call, monitor, device
+        self.number, self.seed = call.number, call.seed
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Out of this rank's queries, and lse in the accumulation dtype."""
+        span = self._monitor.begin(self.number, "forward", self._device)
+        try:
+            return self._call.forward(q, k, v)
+        finally:
+            self._monitor.end(span, getattr(self._call, "retried", 0), self._device)
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v."""
+        span = self._monitor.begin(self.number, "backward", self._device)
+        try:
+            return self._call.backward(dout, dlse, saved)
+        finally:
+            self._monitor.end(span, getattr(self._call, "retried", 0), self._device)
+
+
+_monitors: WeakKeyDictionary[Any, dict[Any, Monitor]] = WeakKeyDictionary()
+_alone: dict[Any, Monitor] = {}
+
+
+def monitor_by(config: DistributedConfig, group: Any) -> Monitor | None:
+    """The monitor that a config asks for, shared by all attentions of a group that write to the
+    same places; None where it asks for none."""
+    if not config.monitored:
+        return None
+    port = config.metrics_port
+    key = config.metrics_log, None if port is None else (config.metrics_host, port)
+    made = _alone if group is None else _monitors.setdefault(group, {})
+    if key not in made:
+        made[key] = Monitor(group, *key)
+    return made[key]
+
+
+def _open(folder: str, rank: int) -> Any:
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return open(path / f"rank-{rank}.jsonl", "a", encoding="utf-8")
