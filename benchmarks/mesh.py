@@ -20,6 +20,13 @@ from ring_core import registry
 from ring_core.launching import Worker
 from timing import Stopwatch
 
+GUARDED: tuple[dict[str, Any], ...] = (
+    {"monitor": True},
+    {"retries": 2},
+    {"retries": 2, "check_finite": True},
+)
+"""What else a call may do."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -38,9 +45,10 @@ def measure(worker: Worker, job: Job) -> list[dict[str, Any]]:
     watch, found = Stopwatch(worker), []
     for q_heads, kv_heads in job.heads:
         for rows in job.rows:
-            for ulysses in (*range(1, worker.world + 1), "auto"):
+            degrees = [{"ulysses": one} for one in (*range(1, worker.world + 1), "auto")]
+            for fields in (*degrees, *(GUARDED if worker.world > 1 else ())):
                 one = watch.together(
-                    lambda: _one(worker, job, watch, rows, q_heads, kv_heads, ulysses)  # noqa: B023
+                    lambda: _one(worker, job, watch, rows, q_heads, kv_heads, fields)  # noqa: B023
                 )
                 if one is not None:
                     found.append(one)
@@ -56,9 +64,9 @@ def _one(
     rows: int,
     q_heads: int,
     kv_heads: int,
-    ulysses: Any,
+    fields: dict[str, Any],
 ) -> dict[str, Any] | None:
-    attention = registry.create("distributed", causal=True, ulysses=ulysses, kernel=job.kernel)
+    attention = registry.create("distributed", causal=True, kernel=job.kernel, **fields)
     plan = attention.plan(rows * worker.world)
     torch.manual_seed(worker.rank)
     dtype = getattr(torch, job.dtype)
@@ -67,7 +75,7 @@ def _one(
         for heads in (q_heads, kv_heads, kv_heads)
     )
     known = {one.degree: one for one in predictions(plan, q, k, v)}
-    if ulysses != "auto" and ulysses not in known:
+    if fields.get("ulysses", "auto") != "auto" and fields["ulysses"] not in known:
         return None
     degree = attention.degree(plan, q, k, v)
     leaves, dout = [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q)
@@ -86,7 +94,7 @@ def _one(
         "ranks": worker.world,
         "rows": rows,
         "heads": f"{q_heads}/{kv_heads}",
-        "ulysses": ulysses,
+        "fields": fields,
         "degree": degree,
         **{
             name: watch.milliseconds(run, job.turns)
@@ -112,13 +120,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [
             row["heads"],
             f"{row['rows']:,}",
-            f"{mesh}{' (auto)' if row['ulysses'] == 'auto' else ''}",
+            f"{mesh}{_how(row['fields'], row['degree'])}",
             *(f"{row[way]:.2f}" for way in WAYS),
             f"{row['predicted']:.2f}",
             f"{row['GB']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _how(fields: dict[str, Any], degree: int) -> str:
+    said = [f"{name}={value}" for name, value in fields.items() if fields != {"ulysses": degree}]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def main() -> None:

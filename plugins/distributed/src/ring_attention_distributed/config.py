@@ -12,6 +12,7 @@ from ring_core.config import RingAttentionConfig, common_fields
 from ring_core.errors import ConfigError
 
 NAME = "distributed"
+LOOPBACK = "127.0.0.1"
 
 
 def _inner(given: Any) -> Any:
@@ -90,7 +91,7 @@ class DistributedConfig(RingAttentionConfig):
     """Port of rank 0's HTTP endpoint for Prometheus; the ranks of a host listen on the ports from
     there on; 0 takes free ones. Turns the monitor on."""
 
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = LOOPBACK
     """Address that endpoints listen on; only this machine by default."""
 
     @model_validator(mode="before")
@@ -123,7 +124,7 @@ class DistributedConfig(RingAttentionConfig):
 
     @model_validator(mode="after")
     def _listens(self) -> Self:
-        if "metrics_host" in self.model_fields_set and self.metrics_port is None:
+        if self.metrics_host != LOOPBACK and self.metrics_port is None:
             raise ValueError("metrics_host: nothing listens without metrics_port; give one")
         return self
 

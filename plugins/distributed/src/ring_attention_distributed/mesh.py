@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,9 @@ from ring_attention_distributed.child import child_group
 from ring_core.layout import Layout, joined
 from ring_core.plan import Plan
 from ring_core.rank_plan import RankPlan
+
+_FEW = 16
+"""Stretches that are copied one by one; an index takes longer for each row."""
 
 
 @dataclass(frozen=True)
@@ -69,79 +73,90 @@ def _together(layout: Layout, degree: int) -> Layout:
     return replace(layout, rows=rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """``count`` neighbouring rows, from ``shard`` on in a rank's shard and from ``ring`` on in the
+    ring's."""
+
+    shard: int
+    ring: int
+    count: int
+
+
 @dataclass(frozen=True, eq=False)
 class Places:
     """Where the rows of a head group's shards stand in the shard of the ring.
 
     Attributes:
         shard: rows of each rank's shard. together: rows of the ring's.
-        rows: for each rank of the group, where its rows stand that are no padding: neighbours, or
-            an index.
+        counts: of each rank of the group, how many of its rows are no padding.
+        rows: of each rank, where those stand: a few stretches, or an index.
     """
 
     shard: int
     together: int
-    rows: tuple[slice | Tensor, ...]
+    counts: tuple[int, ...]
+    rows: tuple[tuple[Stretch, ...] | Tensor, ...]
 
     @staticmethod
     def of(shards: Sequence[Tensor], together: Tensor) -> Places:
         """From the tokens in the rows of each: int64, -1 for padding, which stands at the end."""
         held = together[together >= 0]
         order = torch.argsort(held)
-        rows: list[slice | Tensor] = []
+        counts, rows = [], []
         for positions in shards:
             mine = positions[positions >= 0]
-            found = order[torch.searchsorted(held[order], mine)]
-            first = int(found[0]) if len(found) else 0
-            run = slice(first, first + len(found))
-            neighbours = torch.equal(found, torch.arange(run.start, run.stop, device="cpu"))
-            rows.append(run if neighbours else found)
-        return Places(len(shards[0]), len(together), tuple(rows))
-
-    def count(self, place: int) -> int:
-        """Rows of a rank's shard that are no padding."""
-        rows = self.rows[place]
-        return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+            counts.append(len(mine))
+            rows.append(_stretches(order[torch.searchsorted(held[order], mine)]))
+        return Places(len(shards[0]), len(together), tuple(counts), tuple(rows))
 
     @property
     def in_order(self) -> bool:
         """Whether the ring's shard is the group's shards end to end."""
-        return (
-            self.together == self.shard * len(self.rows)
-            and all(
-                rows == slice(place * self.shard, (place + 1) * self.shard)
-                for place, rows in enumerate(self.rows)
-                if isinstance(rows, slice)
-            )
-            and all(isinstance(rows, slice) for rows in self.rows)
+        return self.together == self.shard * len(self.rows) and all(
+            isinstance(rows, tuple) and rows == (Stretch(0, place * self.shard, self.shard),)
+            for place, rows in enumerate(self.rows)
         )
 
     def room(self, like: Tensor, heads: int, dtype: torch.dtype | None = None) -> Tensor:
         """A shard of the ring [B, together, heads, D], of which padding is 0."""
         shape = like.shape[0], self.together, heads, like.shape[3]
         room = like.new_empty(shape, dtype=dtype or like.dtype)
-        real = sum(self.count(place) for place in range(len(self.rows)))
-        room[:, real:] = 0
+        room[:, sum(self.counts) :] = 0
         return room
 
     def put(self, there: Tensor, place: int, rows: Tensor) -> None:
         """Copy a rank's shard into the ring's."""
-        at, rows = self.rows[place], rows[:, : self.count(place)]
-        if isinstance(at, slice):
-            there[:, at] = rows
-        else:
-            there.index_copy_(1, at.to(there.device), rows)
+        at = self.rows[place]
+        if isinstance(at, Tensor):
+            there.index_copy_(1, at.to(there.device), rows[:, : self.counts[place]])
+            return
+        for one in at:
+            there[:, one.ring : one.ring + one.count] = rows[:, one.shard : one.shard + one.count]
 
     def end_to_end(self, x: Tensor) -> Tensor:
         """The rows of the ring's shard as the group's shards [B, degree * shard, heads, D]."""
         if self.in_order:
             return x.contiguous()
-        shards = x.new_zeros(x.shape[0], len(self.rows) * self.shard, *x.shape[2:])
-        for place, at in enumerate(self.rows):
-            rows = x[:, at] if isinstance(at, slice) else x.index_select(1, at.to(x.device))
-            first = place * self.shard
-            shards[:, first : first + rows.shape[1]] = rows
-        return shards
+        whole = x.new_empty(x.shape[0], len(self.rows) * self.shard, *x.shape[2:])
+        for place, (at, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            mine = whole[:, place * self.shard : (place + 1) * self.shard]
+            mine[:, count:] = 0
+            if isinstance(at, Tensor):
+                mine[:, :count] = x.index_select(1, at.to(x.device))
+                continue
+            for one in at:
+                mine[:, one.shard : one.shard + one.count] = x[:, one.ring : one.ring + one.count]
+        return whole
+
+
+def _stretches(rows: Tensor) -> tuple[Stretch, ...] | Tensor:
+    """Rows of a ring's shard as stretches, if they are few."""
+    breaks = (rows.diff() != 1).nonzero().squeeze(1) + 1
+    if len(breaks) >= _FEW:
+        return rows
+    edges = [0, *breaks.tolist(), len(rows)]
+    return tuple(Stretch(a, int(rows[a]), b - a) for a, b in pairwise(edges) if b > a)
 
 
 def places(plan: RankPlan, ring: RankPlan, mesh: Mesh) -> tuple[Places, Places]:

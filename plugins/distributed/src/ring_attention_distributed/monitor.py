@@ -40,7 +40,7 @@ class Record:
         seconds: from its begin to its end; on a GPU of the stream's time. waiting: of those for
             data of other ranks. bytes_sent, bytes_received: by this rank.
         retries: attempts after the first. memory_bytes: held by torch on the GPU, or the most that
-            the process held.
+            the process held, within the last second.
         slowdown: this rank's computing over the median rank's when that was last compared.
     """
 
@@ -134,6 +134,7 @@ class Monitor:
         self._log = _open(log, self.rank) if log is not None else None
         self._spans: deque[Span] = deque()
         self._lock = threading.Lock()
+        self._sampled, self._memory = float("-inf"), 0
         self._computed, self._calls, self._compared = 0.0, 0, time.monotonic()
         if self._store is not None:
             turn = self._store.add(f"ring_attention/monitor/turn/{self.rank}", 1)
@@ -150,11 +151,9 @@ class Monitor:
         """It ended, well or not."""
         _here.span = None
         span.last, span.ended, span.retries = span.clock.now(), time.time(), retries
-        span.memory = (
-            torch.cuda.memory_allocated(device)
-            if device.type == "cuda"
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
+        if time.monotonic() - self._sampled > _EVERY:  # torch takes long to say it
+            self._sampled, self._memory = time.monotonic(), _held(device)
+        span.memory = self._memory
         with self._lock:
             self._spans.append(span)
         self.flush()
@@ -264,6 +263,13 @@ def monitor_by(config: DistributedConfig, group: Any) -> Monitor | None:
     if key not in made:
         made[key] = Monitor(group, *key)
     return made[key]
+
+
+def _held(device: torch.device) -> int:
+    """Bytes that torch holds on a GPU, or the most that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _open(folder: str, rank: int) -> Any:
