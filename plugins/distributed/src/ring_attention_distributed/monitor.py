@@ -27,6 +27,8 @@ logger = logging.getLogger("ring_attention_distributed")
 
 _EVERY = 1.0
 """Seconds between looks at what the other ranks took."""
+_LEAST = 8
+"""Calls between them: the first ones of a process compile and allocate."""
 _BEHIND = 1.5
 """A rank that computes for so many times the median rank's time is called a straggler."""
 
@@ -196,7 +198,8 @@ class Monitor:
 
     def _compare(self) -> None:
         """Tell the others how long this rank computes; see who takes longest."""
-        if self._store is None or time.monotonic() - self._compared < _EVERY or not self._calls:
+        early = time.monotonic() - self._compared < _EVERY or self._calls < _LEAST
+        if self._store is None or early:
             return
         self._compared = time.monotonic()
         mean, self._computed, self._calls = self._computed / self._calls, 0.0, 0
