@@ -97,3 +97,9 @@ def ring_communicators(config: RingAttentionConfig) -> Sequence[type[Communicato
 @hookspec
 def ring_observers(config: RingAttentionConfig) -> Sequence[Observer] | None:
     """Observers of the attention that is being built."""
+
+
+@hookspec
+def ring_commands() -> Mapping[str, str] | None:
+    """Commands of ``ring-attention``, by name, each as the name of a module with ``SUMMARY``,
+    ``add_arguments(parser)`` and ``run(arguments)``, which returns the exit status."""

@@ -12,7 +12,7 @@ from typing import Any
 import pluggy
 
 from ring_core import hookspecs
-from ring_core.discovery import VARIANTS, Found, PluginRow
+from ring_core.discovery import PLUGINS, VARIANTS, Found, PluginRow
 from ring_core.errors import (
     DuplicateNameError,
     HookApiError,
@@ -46,7 +46,8 @@ class Plugins:
             (one.row, one.entry_point.load) for one in found
         ]
         for name, plugin in by_hand.items():
-            row = PluginRow(name, THIS_PROCESS, "-", VARIANTS, f"register({name!r})")
+            group = VARIANTS if hasattr(plugin, "ring_variant") else PLUGINS
+            row = PluginRow(name, THIS_PROCESS, "-", group, f"register({name!r})")
             self._sources.append((row, partial(_itself, plugin)))
         self.rows = [row for row, _ in self._sources]
         self._loaded: list[_Loaded] | None = None

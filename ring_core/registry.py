@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ring_core.catalogue import PIP_NAMES
 from ring_core.config import RingAttentionConfig, common_fields
-from ring_core.discovery import DISABLE, VARIANTS, PluginRow, discover
+from ring_core.discovery import DISABLE, PLUGINS, VARIANTS, PluginRow, discover
 from ring_core.errors import (
     ConfigError,
     DuplicateNameError,
@@ -173,14 +173,14 @@ class Registry:
             PluginLoadError, HookApiError: the object is no usable plugin; nothing is registered.
         """
         with self._lock:
-            taken = self._found().row(name)
+            taken = self._found().row(name) or self._found().row(name, PLUGINS)
             if taken is not None and taken.status != "disabled":
                 raise DuplicateNameError(
                     f"{name!r} is taken by {taken.origin}; register under another name"
                 )
             self._by_hand[name] = plugin
             self.refresh()
-            row = self._ready().row(name)
+            row = self._ready().row(name) or self._ready().row(name, PLUGINS)
             if row is not None and row.status != "loaded":
                 self.unregister(name)
                 raise error_of(row)

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ring_core import hookimpl
 from ring_core.cli import checks, listing, main
 from ring_core.cli.findings import ok
 from ring_core.errors import InputError, RankFailedError
@@ -218,3 +220,34 @@ def test_launch_says_that_a_process_was_killed(capfd: pytest.CaptureFixture[str]
     with pytest.raises(RankFailedError, match=r"rank 0 of 1 was ended by signal 9 \(SIGKILL\)"):
         launch(_die, processes=1)
     assert capfd.readouterr().err == ""
+
+
+class Commanding:
+    """A plugin with a command that works and one that cannot be imported."""
+
+    RING_HOOK_API = 1
+
+    @hookimpl
+    def ring_commands(self) -> dict[str, str]:
+        return {"shout": "shout_for_tests", "absent": "no_such_module", "list": "no_such_module"}
+
+
+def test_plugins_bring_commands(monkeypatch, capsys) -> None:
+    shout = types.ModuleType("shout_for_tests")
+    shout.SUMMARY = "say it loudly"
+    shout.add_arguments = lambda parser: parser.add_argument("word")
+    shout.run = lambda arguments: print(arguments.word.upper()) or 0
+    monkeypatch.setitem(sys.modules, "shout_for_tests", shout)
+    registry.register(Commanding(), name="commanding")
+    try:
+        assert main(["shout", "ring"]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == "RING\n"
+        assert "command 'absent' of no_such_module failed to import" in shown.err
+        assert main(["list", "--json"]) == 0, "the core's own command of that name"
+        assert "commanding" not in registry.names(), "it brings no variant"
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert "say it loudly" in capsys.readouterr().out
+    finally:
+        registry.unregister("commanding")

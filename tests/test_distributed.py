@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ring_attention_blocksparse.config import BlockSparseConfig
+from ring_attention_distributed.alike import check_alike
 from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.cost import CPU, GPU, Sizes, predict
 from ring_attention_distributed.heads import Split, degrees
@@ -20,7 +21,7 @@ from ring_attention_hilbert.orders import GridOrder
 
 import by_definition
 from ring_core import reference, registry
-from ring_core.errors import ConfigError, InputError, UnknownVariantError
+from ring_core.errors import ConfigError, DisagreementError, InputError, UnknownVariantError
 from ring_core.plan import ForHeads, HeldHeads
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
@@ -340,6 +341,29 @@ def test_auto_takes_this_variant_where_a_group_spans_hosts(monkeypatch):
     monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "2")
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "4")
     assert registry.create("auto", ulysses=1).config.variant == "distributed"
+
+
+# Weights
+
+
+def compared(worker: Worker, drifted: int | None) -> str:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(torch.bfloat16)
+    if worker.rank == drifted:
+        with torch.no_grad():
+            model[0].bias[2] += 0.125
+    check_alike(model, worker.group)
+    return "alike"
+
+
+def test_weights_that_drifted_apart_are_named(cpu_pool: RankPool) -> None:
+    assert cpu_pool.run(compared, None, world=3) == ["alike"] * 3
+    found = cpu_pool.run(compared, 1, world=3, errors=True)
+    assert len({str(one) for one in found}) == 1
+    assert all(isinstance(one, DisagreementError) for one in found)
+    assert "1 of 7 parameters and buffers differ" in str(found[0])
+    assert "0.bias (ranks [0, 2] against [1])" in str(found[0])
+    check_alike(torch.nn.Linear(2, 2))  # one process
 
 
 # The config

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from ring_attention_distributed.top import Logs
 from ring_attention_distributed.watching import Watched
 
 from ring_core import Observer, hookimpl, registry
+from ring_core.cli import main
 from ring_core.errors import ConfigError
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, RankPool, Worker
@@ -74,6 +76,35 @@ def test_log_and_endpoint_agree_and_count_what_is_planned(cpu_pool: RankPool, tm
         }
         for name, value in of.items():
             assert metrics[name % label] == pytest.approx(value), name
+
+
+def test_top_shows_every_rank(cpu_pool: RankPool, tmp_path, capsys) -> None:
+    fields = {"metrics_log": str(tmp_path), "metrics_port": 0, "ulysses": 1}
+    found = cpu_pool.run(watched, Case("distributed", fields, seq_len=64), world=3)
+    assert main(["top", str(tmp_path), "--json"]) == 0
+    for (log, _, planned), one in zip(found, json.loads(capsys.readouterr().out), strict=True):
+        span = log[-1]["time"] - log[0]["time"] + log[0]["seconds"]
+        assert one["call"] == log[-1]["call"]
+        assert one["calls a second"] == pytest.approx(6 / span, rel=1e-4)
+        assert one["bytes sent a second"] == pytest.approx(planned / span, rel=1e-4)
+        waiting = sum(line["waiting"] for line in log) / span
+        assert one["waiting"] == pytest.approx(waiting, rel=1e-4)
+    assert main(["top", str(tmp_path), "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3" in shown
+    # A file that grows, and whose last line is not whole yet.
+    logs, path = Logs(tmp_path), tmp_path / "rank-1.jsonl"
+    before = logs.read(10)[1]["call"]
+    line = json.dumps({**found[1][0][-1], "call": 999}) + "\n"
+    with open(path, "a") as file:
+        file.write(line[:20])
+        file.flush()
+        assert logs.read(10)[1]["call"] == before
+        file.write(line[20:])
+        file.flush()
+        assert logs.read(10)[1]["call"] == 999
+    assert main(["top", str(tmp_path / "nothing")]) == 1
+    assert "holds no rank-*.jsonl" in capsys.readouterr().err
 
 
 class Slow:

@@ -6,16 +6,19 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 from importlib_metadata import version
 
 from ring_core.cli import demo, doctor, listing, plan
 from ring_core.errors import RingError
+from ring_core.registry import registry
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_COMMANDS = {"list": listing, "plan": plan, "doctor": doctor, "demo": demo}
+_COMMANDS: dict[str, Any] = {"list": listing, "plan": plan, "doctor": doctor, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,12 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for a command line that cannot be understood, 0 after ``--help``.
     """
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    commands = dict(_COMMANDS)
+    if not commands.keys() & set(given):  # one of a plugin's, or all for --help
+        commands.update((name, one) for name, one in _brought().items() if name not in commands)
+    arguments = _parser(commands).parse_args(given)
     if arguments.verbose:
         logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("ring_core").setLevel(logging.INFO)
     try:
-        status: int = _COMMANDS[arguments.command].run(arguments)
+        status: int = commands[arguments.command].run(arguments)
     except RingError as error:
         if arguments.verbose:
             traceback.print_exc()
@@ -43,7 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _brought() -> dict[str, Any]:
+    """The commands of plugins. One that cannot be imported is left out, and said so."""
+    found: dict[str, Any] = {}
+    for brought in registry.ask("ring_commands"):
+        for name, module in (brought or {}).items():
+            try:
+                found[name] = import_module(module)
+            except Exception as error:
+                print(f"command {name!r} of {module} failed to import: {error}", file=sys.stderr)
+    return found
+
+
+def _parser(named: Mapping[str, Any]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--verbose", action="store_true", help="show tracebacks and what the library logs"
@@ -56,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"%(prog)s {version('ring-attention-core')}"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in _COMMANDS.items():
+    for name, module in named.items():
         summary = module.SUMMARY
         command = commands.add_parser(name, help=summary, description=summary, parents=[common])
         module.add_arguments(command)

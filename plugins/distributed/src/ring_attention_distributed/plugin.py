@@ -46,6 +46,11 @@ def ring_presets() -> Mapping[str, Preset]:
 
 
 @hookimpl
+def ring_commands() -> Mapping[str, str]:
+    return {"top": "ring_attention_distributed.top"}
+
+
+@hookimpl
 def ring_observers(config: RingAttentionConfig) -> Sequence[Observer] | None:
     if not isinstance(config, DistributedConfig) or not config.monitored:
         return None
