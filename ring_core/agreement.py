@@ -96,6 +96,7 @@ class Agreement:
         posts = {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys)}
         self._forget(call)
         if message := _difference(posts) or _out_of_step(posts):
+            self._agreed.clear()  # a rank that refused compares every call again, as all must then
             raise DisagreementError(message)
         self._ran += 1
         self._agreed[signature.digest] = None

@@ -124,8 +124,8 @@ class Call:
 
     def attend(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The engine's forward by ``plan``, whose group may be a part of the call's."""
-        program = self._program(plan, q, v)
-        settings = self._tagged("forward", plan)
+        program = self.program(plan, q, v)
+        settings = self.tagged("forward", plan)
         return engine.forward(
             program,
             q,
@@ -149,8 +149,8 @@ class Call:
         kv_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The engine's backward by ``plan``, whose group may be a part of the call's."""
-        program = self._program(plan, q, v, columns=int(dlse is not None))
-        settings = self._tagged("backward", plan)
+        program = self.program(plan, q, v, columns=int(dlse is not None))
+        settings = self.tagged("backward", plan)
         return engine.backward(
             program,
             dout,
@@ -181,10 +181,12 @@ class Call:
         communicator = self.runtime.communicator(plan, q.device)
         return self.choose(plan, q, k, Exchange(plan.rank, plan.world, communicator, tag))
 
-    def _program(self, plan: RankPlan, q: Tensor, v: Tensor, columns: int = 0) -> Program:
+    def program(self, plan: RankPlan, q: Tensor, v: Tensor, columns: int = 0) -> Program:
+        """What the engine runs for a plan, where ``out`` has ``columns`` more than the values."""
         return self.runtime.program(plan, q, v, bool(self.settings.dropout), columns)
 
-    def _tagged(self, direction: str, plan: RankPlan) -> Settings:
+    def tagged(self, direction: str, plan: RankPlan) -> Settings:
+        """The call's settings for one direction, with the heads that the plan's tensors have."""
         first = 0 if plan.held is None else plan.held.first_query
         return replace(self.settings, tag=self.tag(direction), first_head=first)
 

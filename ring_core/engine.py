@@ -65,7 +65,23 @@ def forward(
         out [B, S, H, Dv] in q's dtype and lse [B, H, S] in the accumulation dtype.
     """
     merged = Merge(q, v.shape[-1], k.shape[2])
-    for one, keys, values in _with_keys(program.rounds, k, v, communicator, settings):
+    attend_into(merged, program, q, k, v, communicator, settings, choice=choice)
+    return merged.result()
+
+
+def attend_into(
+    merged: Merge,
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    communicator: Communicator | None,
+    settings: Settings,
+    *,
+    choice: Any = None,
+) -> None:
+    """Merge attention of this rank's queries over the program's keys; see :func:`forward`."""
+    for one, keys, values in with_keys(program.rounds, k, v, communicator, settings):
         for tile in one.tiles:
             at = _At(tile, one, k.shape[2])
             with torch.profiler.record_function(f"ring/forward/{at.name}"):
@@ -79,7 +95,6 @@ def forward(
                 )
                 merged.add(at.queries, out, lse)
                 del out  # the next tile's must not be made beside it
-    return merged.result()
 
 
 def backward(
@@ -107,15 +122,68 @@ def backward(
         kv_dtype: of dk and dv, where they are still to be added up.
         choice: as in :func:`forward`.
     """
+    dout, out = with_column(dout, out, dlse)
+    dq, dk, dv = (Sum.of(x, k.shape[2]) for x in (q, k, v))
+    homeward = differentiate_into(
+        (dq, dk, dv),
+        program,
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        communicator,
+        settings,
+        need_kv=need_kv,
+        choice=choice,
+    )
+    own = dq.result()  # while the last gradients are on their way
+    if homeward:
+        homeward.add_to(dk, dv)
+    gradients = own, dk.result(kv_dtype), dv.result(kv_dtype)
+    if homeward:
+        homeward.pending.release()
+    return gradients
+
+
+def with_column(dout: Tensor, out: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``dout`` and ``out`` by which a flash backward goes through lse as well."""
     if dlse is not None:
         # dS = P * (dout.v - dout.out + dlse): one more column, dout = dlse, out = -1, v = 0. Not by
         # way of v: dropout drops what comes from there, and lse is what it is before that.
         dout = torch.cat([dout, dlse.to(dout.dtype).transpose(1, 2).unsqueeze(-1)], dim=-1)
         out = F.pad(out, (0, 1), value=-1.0)
-    kv_heads = k.shape[2]
-    dq, dk, dv = (Sum.of(x, kv_heads) for x in (q, k, v))
-    homeward: _Homeward | None = None
-    walk = _with_keys(program.rounds, k, v, communicator, settings, gives_back=need_kv)
+    return dout, out
+
+
+def differentiate_into(
+    sums: tuple[Sum, Sum, Sum],
+    program: Program,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    communicator: Communicator | None,
+    settings: Settings,
+    *,
+    need_kv: bool = True,
+    choice: Any = None,
+) -> Homeward | None:
+    """Add the gradients of the program's tiles to those of this rank's q, k and v.
+
+    Args:
+        dout, out: of :func:`with_column`.
+
+    Returns:
+        Gradients of k and v that are still on their way here, if any.
+    """
+    dq, dk, dv = sums
+    kv_heads, columns = k.shape[2], out.shape[-1] - v.shape[-1]
+    homeward: Homeward | None = None
+    walk = with_keys(program.rounds, k, v, communicator, settings, gives_back=need_kv)
     for one, keys, values in walk:
         found = _Gradients(one, k, v)
         for tile in one.tiles:
@@ -126,7 +194,7 @@ def backward(
                     at.q(dout),
                     at.q(q),
                     at.kv(keys[tile.block]),
-                    value if dlse is None else F.pad(value, (0, 1)),
+                    F.pad(value, (0, columns)) if columns else value,
                     at.q(out),
                     at.q(lse.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2),
                     tile.mask.filled(choice, tile.batch),
@@ -149,15 +217,9 @@ def backward(
                 dv.settle()
                 homeward.pending.release()
             pending = communicator.give_back(one, found.for_owners(), (k, v), settings.tag)
-            homeward = _Homeward(one, pending)
+            homeward = Homeward(one, pending)
         del found  # what is not on its way must not stand beside the next round's
-    own = dq.result()  # while the last gradients are on their way
-    if homeward:
-        homeward.add_to(dk, dv)
-    gradients = own, dk.result(kv_dtype), dv.result(kv_dtype)
-    if homeward:
-        homeward.pending.release()
-    return gradients
+    return homeward
 
 
 class _Gradients:
@@ -195,7 +257,7 @@ class _Gradients:
 
 
 @dataclass
-class _Homeward:
+class Homeward:
     """Gradients on their way: ours to the owners, others' for our keys to us."""
 
     one: Round
@@ -209,7 +271,7 @@ class _Homeward:
                 dv.add(place, part_dv, borrowed=True)
 
 
-def _with_keys(
+def with_keys(
     rounds: Sequence[Round],
     k: Tensor,
     v: Tensor,

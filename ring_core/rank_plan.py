@@ -32,6 +32,9 @@ class RankPlan:
             the tiles' queries and keys the caller's, and for each of the caller's queries the
             tiles': int64, on the CPU. Else None.
         held: which heads the tensors hold; None: all.
+
+    Args:
+        within: whether it is for a part of a call, whose rows stand as tiles count them.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class RankPlan:
         group: Any | None,
         made_by: Hashable = None,
         held: HeldHeads | None = None,
+        within: bool = False,
     ) -> None:
         self.plan = plan
         self.held = held
@@ -48,7 +52,7 @@ class RankPlan:
         self.sequences = sequences
         self.group = group
         self.rank, self.world = groups.rank_and_world(group)
-        self.rearranged = self._rearranged()
+        self.rearranged = None if within else self._rearranged()
         self.number = number_of(self, keep=True)
 
     def __repr__(self) -> str:

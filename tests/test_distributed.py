@@ -23,6 +23,7 @@ import by_definition
 from ring_core import reference, registry
 from ring_core.errors import ConfigError, DisagreementError, InputError, UnknownVariantError
 from ring_core.plan import ForHeads, HeldHeads
+from ring_core.rounds import rounds
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
 from ring_core.testing.case import expected_of, run_case, visible_of
@@ -126,6 +127,58 @@ def test_meshes(rank_pool: RankPool, inner: str, ulysses: int, ring: int) -> Non
         result = rank_pool.run(run_case, case, world=ulysses * ring)[0]
         errors = result.errors(expected_of(case, visible(case)))
         assert all(error < 1e-10 for error in errors.values()), errors
+
+
+LEVELS = [(4, 2, 1), (8, 4, 1), (8, 2, 1), (8, 4, 2), (6, 3, 1), (6, 2, 1)]
+"""Ranks, those of a host, and the degree."""
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(("world", "per_host", "ulysses"), LEVELS)
+def test_rings_in_two_levels(
+    rank_pool: RankPool, inner: str, world: int, per_host: int, ulysses: int
+) -> None:
+    if world > rank_pool.size:
+        pytest.skip(f"{world} ranks, and this machine has {rank_pool.size} GPUs")
+    kind = INNERS[inner]
+    sizes = {name: value for name, value in kind.items() if name != "fields"}
+    fields = {**kind["fields"], "ulysses": ulysses, "ranks_per_host": per_host}
+    case = Case("distributed", fields, heads=8, kv_heads=4, value_dim=6, **sizes)
+    result = rank_pool.run(run_case, case, world=world)[0]
+    errors = result.errors(expected_of(case, visible(case)))
+    assert all(error < 1e-10 for error in errors.values()), errors
+
+
+def between_hosts(worker: Worker, case: Case, per_host: int) -> tuple[int, int]:
+    """Bytes of keys that a rank sends to other hosts in a forward, and in a ring of one level."""
+    attention, plan, (q, k, v, *_) = build(worker, case)
+    attention(q, k, v, plan=plan)
+    (arrangement,) = attention._arrangements._values.values()
+    outer = attention.runtime.communicator(arrangement.levels.relay, q.device)
+    one_level = elements_to(plan, per_host, case.kv_heads) * (case.head_dim + case.value_dim) * 8
+    return outer.counters.bytes_sent, one_level
+
+
+def elements_to(plan: Any, per_host: int, kv_heads: int) -> int:
+    """(Row, head) pairs that ranks of other hosts fetch of this one in a ring of all."""
+    whole, sent = ForHeads.of(plan.plan, kv_heads), 0
+    for one in rounds(whole, plan.rank, 1)[1:]:
+        for step in one.steps:
+            if step.requester // per_host != plan.rank // per_host:
+                sent += sum(len(part.rows) * part.heads.count(kv_heads) for part in step.give)
+    return sent
+
+
+def test_keys_cross_between_hosts_once(cpu_pool: RankPool) -> None:
+    fields = {"ulysses": 1, "ranks_per_host": 4}
+    case = Case("distributed", fields, seq_len=64)
+    for sent, one_level in cpu_pool.run(between_hosts, case, 4, world=8):
+        assert 4 * sent == one_level
+    window = {**fields, "causal": True, "window": (3, None), "layout": "contiguous"}
+    case = Case("distributed", window, seq_len=64)
+    found = cpu_pool.run(between_hosts, case, 4, world=8)
+    assert [sent > 0 for sent, _ in found] == [False, False, False, True, *[False] * 4]
+    assert found[3][0] == found[3][1], "only the rows that are needed"
 
 
 def dropped(worker: Worker, case: Case) -> tuple[int, list[torch.Tensor]]:

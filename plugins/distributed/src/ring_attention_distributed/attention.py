@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ring_attention_distributed.calls import Hybrid, HybridCall
+from ring_attention_distributed.calls import Arrangement, MeshCall
 from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.cost import quickest
 from ring_attention_distributed.heads import Split, degrees
-from ring_attention_distributed.mesh import Mesh, places, ring_group, ring_plan
+from ring_attention_distributed.levels import levels_of
+from ring_attention_distributed.mesh import Mesh, part_of, places, ring_plan
 from ring_attention_distributed.monitor import Monitor, MonitoredCall, monitor_by
 from ring_attention_distributed.steady import WAIT, SteadyCall
 from ring_core.attention import BaseRingAttention
@@ -51,7 +52,7 @@ class DistributedRingAttention(BaseRingAttention):
     ) -> None:
         super().__init__(config, group=group, registry=registry, **fields)
         self.inner = self._registry.create(self.config.whole_inner(), group=group)
-        self._hybrids: Recent[Hybrid] | None = None
+        self._arrangements: Recent[Arrangement] | None = None
         self._steady: Runtime | None = None
 
     @property
@@ -127,17 +128,19 @@ class DistributedRingAttention(BaseRingAttention):
         call: dict[str, Any],
     ) -> AnyCall:
         def on(plan: RankPlan, runtime: Runtime = self.runtime) -> Call:
-            if degree == 1:
+            per_host = self.config.per_host(plan.world)
+            if degree == 1 and per_host >= plan.world:
                 return Call(runtime, self.choose, plan, q, k, v, **call)
-            hybrid = partial(self._hybrid, plan, degree, q.shape[2], k.shape[2])
-            return HybridCall(runtime, self.choose, plan, q, k, v, **call, hybrid=hybrid)
+            make = partial(self._arranged, plan, degree, q.shape[2], k.shape[2])
+            return MeshCall(runtime, self.choose, plan, q, k, v, **call, arrangement=make)
 
         config = self.config
         if whole.world == 1 or not (config.retries or config.check_finite):
             return on(whole)
         return SteadyCall(
             on(whole),
-            partial(on, runtime=self._steady_runtime),
+            lambda plan: on(plan, self._steady_runtime),
+            forget=self._forget,
             device=q.device,
             retries=config.retries,
             backoff=config.backoff,
@@ -158,26 +161,39 @@ class DistributedRingAttention(BaseRingAttention):
             self._steady = Runtime(config, self._registry)
         return self._steady
 
-    def _hybrid(self, plan: RankPlan, degree: int, q_heads: int, kv_heads: int) -> Hybrid:
+    def _forget(self) -> None:
+        """Communicators and rings of a process group that failed."""
+        self._steady, self._arrangements = None, None
+
+    def _arranged(self, plan: RankPlan, degree: int, q_heads: int, kv_heads: int) -> Arrangement:
         """Made at the first call of a kind, once its ranks have agreed: it may make groups."""
-        if self._hybrids is None:
-            self._hybrids = Recent(32)
-        return self._hybrids.get(
+        if self._arrangements is None:
+            self._arrangements = Recent(32)
+        return self._arrangements.get(
             (plan, degree, q_heads, kv_heads),
-            lambda: hybrid_of(plan, degree, q_heads, kv_heads, self.config.timeout),
+            lambda: arrange(plan, degree, q_heads, kv_heads, self.config),
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_hybrids": None, "_steady": None}
+        return {**super().__getstate__(), "_arrangements": None, "_steady": None}
 
 
-def hybrid_of(plan: RankPlan, degree: int, q_heads: int, kv_heads: int, timeout: float) -> Hybrid:
+def arrange(
+    plan: RankPlan, degree: int, q_heads: int, kv_heads: int, config: DistributedConfig
+) -> Arrangement:
     """A plan's calls with so many heads, where ``degree`` ranks exchange them; all ranks ask."""
     mesh, split = Mesh(plan.world, degree, plan.rank), Split.of(q_heads, kv_heads, degree)
-    ring = RankPlan(
-        ring_plan(plan.plan, degree),
-        plan.sequences,
-        ring_group(plan.group, mesh, timeout),
-        held=split.held(mesh.place),
+    held = split.held(mesh.place) if degree > 1 else None
+    around = ring_plan(plan.plan, degree) if degree > 1 else plan.plan
+    per_host, timeout = config.per_host(plan.world), config.timeout
+    levels = levels_of(around, plan.group, mesh, per_host, plan.sequences, held, timeout)
+    if levels is not None or degree == 1:
+        group = plan.group
+    else:
+        group = part_of(plan.group, mesh.ring_peers, timeout)
+    ring = (
+        levels.ring
+        if levels is not None
+        else RankPlan(around, plan.sequences, group, held=held, within=True)
     )
-    return Hybrid(mesh, split, ring, *places(plan, ring, mesh))
+    return Arrangement(mesh, split, ring, levels, *places(plan, ring.plan, mesh))

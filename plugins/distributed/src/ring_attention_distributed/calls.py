@@ -1,4 +1,4 @@
-"""A call whose heads are exchanged before and after a ring attends."""
+"""A call on a mesh: heads are exchanged before and after a ring attends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ring_attention_distributed.exchange import HeadExchange
 from ring_attention_distributed.heads import Split
+from ring_attention_distributed.levels import Levels
 from ring_attention_distributed.mesh import Mesh, Places
 from ring_core.calls import Call
 from ring_core.rank_plan import RankPlan
@@ -18,43 +20,51 @@ from ring_core.softmax import accumulation_dtype
 
 
 @dataclass(frozen=True, eq=False)
-class Hybrid:
+class Arrangement:
     """What a call's heads and plan make of a mesh.
 
     Attributes:
-        ring: the plan of this rank's ring, for the heads that this rank holds.
+        ring: the plan of this rank's ring, for the heads that this rank holds. levels: where that
+            ring spans several hosts.
         queries, keys: where the shards' rows stand in the ring's.
     """
 
     mesh: Mesh
     split: Split
     ring: RankPlan
+    levels: Levels | None
     queries: Places
     keys: Places
 
 
-class HybridCall(Call):
+class MeshCall(Call):
     """Heads are exchanged in the backward once more: saving both would take twice the memory.
 
     Args:
-        hybrid: makes what the plan and the heads make of a mesh, once the ranks have agreed.
+        arrangement: makes what the plan and the heads make of a mesh, once the ranks have agreed.
     """
 
-    def __init__(self, *call: Any, hybrid: Callable[[], Hybrid], **rest: Any) -> None:
+    def __init__(self, *call: Any, arrangement: Callable[[], Arrangement], **rest: Any) -> None:
         super().__init__(*call, **rest)
-        self._make = hybrid
+        self._make = arrangement
         self._whole_queries: Tensor | None = None
 
     @cached_property
-    def hybrid(self) -> Hybrid:
+    def arrangement(self) -> Arrangement:
         """How rows and heads are dealt out."""
         return self._make()
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        exchange, split, rows = self._exchange(q, "forward"), self.hybrid.split, self.hybrid.queries
+        if self.arrangement.mesh.degree == 1:
+            return self._around(q, k, v)
+        exchange, split, rows = (
+            self._exchange(q, "forward"),
+            self.arrangement.split,
+            self.arrangement.queries,
+        )
         (queries,), (keys, values) = self._in(exchange, [q], k, v)
         self._whole_queries = q
-        out, lse = self.attend(self.hybrid.ring, queries, keys, values)
+        out, lse = self._around(queries, keys, values)
         self._whole_queries = None
         out, lse = exchange.to_rows([out, _beside(lse)], split.q, split.q_heads, rows)
         return out, _behind(lse)
@@ -69,15 +79,16 @@ class HybridCall(Call):
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        hybrid, split = self.hybrid, self.hybrid.split
+        arrangement, split = self.arrangement, self.arrangement.split
+        if arrangement.mesh.degree == 1:
+            return self._back(dout, dlse, q, k, v, out, lse)
         exchange = self._exchange(q, "backward")
         of_queries = [q, dout, out, _beside(lse)]
         if dlse is not None:
             of_queries.append(_beside(dlse))
         found, (keys, values) = self._in(exchange, of_queries, k, v)
         self._whole_queries = q
-        dq, dk, dv = self.differentiate(
-            hybrid.ring,
+        dq, dk, dv = self._back(
             found[1],
             _behind(found[4]) if dlse is not None else None,
             found[0],
@@ -89,31 +100,56 @@ class HybridCall(Call):
             accumulation_dtype(k.dtype) if split.shares else None,
         )
         self._whole_queries = None
-        (dq,) = exchange.to_rows([dq], split.q, split.q_heads, hybrid.queries)
+        (dq,) = exchange.to_rows([dq], split.q, split.q_heads, arrangement.queries)
         if not self.need_kv:
             return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
-        dk, dv = exchange.to_rows([dk, dv], split.kv, split.kv_heads, hybrid.keys)
+        dk, dv = exchange.to_rows([dk, dv], split.kv, split.kv_heads, arrangement.keys)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
+    def _around(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention around the ring."""
+        if self.arrangement.levels is not None:
+            return self.arrangement.levels.attend(self, q, k, v)
+        return self.attend(self.arrangement.ring, q, k, v)
+
+    def _back(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kv_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients around the ring."""
+        tensors = dout, dlse, q, k, v, out, lse, kv_dtype
+        if self.arrangement.levels is not None:
+            return self.arrangement.levels.differentiate(self, *tensors)
+        return self.differentiate(self.arrangement.ring, *tensors)
+
     def chosen(self, plan: RankPlan, q: Tensor, k: Tensor, tag: int) -> Any:
-        hybrid = self.hybrid
-        if hybrid.split.shares and plan.plan.chooses and self._whole_queries is not None:
+        arrangement = self.arrangement
+        if arrangement.split.shares and plan.plan.chooses and self._whole_queries is not None:
             # What is chosen depends on all query heads of a KV head.
-            exchange = HeadExchange(hybrid.mesh, self._communicator(q), tag)
-            (q,) = exchange.to_heads([self._whole_queries], hybrid.split.groups(), hybrid.queries)
+            exchange = HeadExchange(arrangement.mesh, self._communicator(q), tag)
+            (q,) = exchange.to_heads(
+                [self._whole_queries], arrangement.split.groups(), arrangement.queries
+            )
         return super().chosen(plan, q, k, tag)
 
     def _in(
         self, exchange: HeadExchange, of_queries: list[Tensor], k: Tensor, v: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
-        hybrid, split = self.hybrid, self.hybrid.split
+        arrangement, split = self.arrangement, self.arrangement.split
         return (
-            exchange.to_heads(of_queries, split.q, hybrid.queries),
-            exchange.to_heads([k, v], split.kv, hybrid.keys),
+            exchange.to_heads(of_queries, split.q, arrangement.queries),
+            exchange.to_heads([k, v], split.kv, arrangement.keys),
         )
 
     def _exchange(self, q: Tensor, direction: str) -> HeadExchange:
-        return HeadExchange(self.hybrid.mesh, self._communicator(q), self.tag(direction))
+        return HeadExchange(self.arrangement.mesh, self._communicator(q), self.tag(direction))
 
     def _communicator(self, q: Tensor) -> Any:
         communicator = self.runtime.communicator(self.plan, q.device)

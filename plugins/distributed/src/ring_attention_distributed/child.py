@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -10,26 +13,70 @@ import torch.distributed as dist
 from ring_attention_standard.meeting import compare
 from torch.distributed import distributed_c10d
 
+from ring_core.errors import CommunicatorError
+from ring_core.groups import rank_and_world, store_of
+
+_lock = threading.Lock()
+
 
 def child_group(group: Any, ranks: Sequence[int], timeout: float) -> Any:
     """A new process group of ``ranks`` (global numbers), which this process is one of; all ranks of
     ``group`` make one alike.
 
     Raises:
-        CommunicatorError: a rank did not come within ``timeout`` seconds.
+        CommunicatorError: a rank did not come within ``timeout`` seconds, or they cannot connect.
     """
-    # torch (2.13 at least) names such a group by its ranks and by how many groups the process has.
-    # Ranks that have unequally many would wait under other names for ever.
-    most = max(said["groups"] for said in compare(group, "groups", {"groups": _known()}, timeout))
-    while _known() < most:
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-    return dist.new_group(
-        list(ranks),
-        timeout=timedelta(seconds=timeout),
-        backend=dist.get_backend_config(group),
-        use_local_synchronization=True,
-    )
+    rank, world = rank_and_world(group)
+    turns = store_of(group).add(f"ring_attention/children/{rank}", 1)
+    compare(group, "children", {"turn": turns}, timeout)
+    joined = "_".join(map(str, ranks))
+    name = hashlib.sha1(f"ring_attention {group.group_name} {turns} {joined}".encode()).hexdigest()
+    try:
+        with _named(name):
+            return dist.new_group(
+                list(ranks),
+                timeout=timedelta(seconds=timeout),
+                backend=dist.get_backend_config(group),
+                use_local_synchronization=True,
+            )
+    except (RuntimeError, ValueError) as error:
+        raise CommunicatorError(
+            f"rank {rank} of {world}: no process group with ranks {list(ranks)}: {error}"
+        ) from error
 
 
-def _known() -> int:
-    return len(distributed_c10d._world.pg_names)
+def abort(child: Any) -> None:
+    """End the transfers of a group of :func:`child_group` that failed.
+
+    It is not destroyed while errors of its transfers are alive: gloo (of torch 2.13) warns then in
+    the middle of them, and Python raises a SystemError in their place.
+    """
+    with contextlib.suppress(Exception):  # it is broken already
+        child.abort()
+
+
+def destroy(child: Any) -> None:
+    """Give the connections, threads and buffers of a group of :func:`child_group` back."""
+    with contextlib.suppress(Exception):  # it may have gone with all others
+        dist.destroy_process_group(child)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Have torch give the next group that this thread makes this name.
+
+    torch (2.13 at least) names a group that not all ranks make by its ranks and by how many groups
+    the process has: ranks that have unequally many would wait under other names for ever, and a
+    name comes back where a group was destroyed, with what its store held.
+    """
+    me, usual = threading.get_ident(), distributed_c10d._process_group_name
+
+    def ours(*arguments: Any, **options: Any) -> Any:
+        return name if threading.get_ident() == me else usual(*arguments, **options)
+
+    with _lock:
+        distributed_c10d._process_group_name = ours
+        try:
+            yield
+        finally:
+            distributed_c10d._process_group_name = usual

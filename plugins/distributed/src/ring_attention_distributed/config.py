@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -66,6 +67,12 @@ class DistributedConfig(RingAttentionConfig):
     'auto' takes the degree that is predicted to be fastest; 1 is a ring of all ranks. A group of
     one rank exchanges nothing."""
 
+    ranks_per_host: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """How many neighbouring ranks share a host. A ring of several hosts goes in two levels: keys
+    cross between hosts once, while a ring within each host goes over those that came before.
+    'auto' takes what a launcher says (LOCAL_WORLD_SIZE), or one host. Where it does not divide the
+    ranks, or the degree does not divide it, rings have one level."""
+
     retries: int = Field(default=0, ge=0, le=20)
     """How often a call is tried again whose transfers failed, by agreement of all its ranks, on a
     fresh process group and from unchanged inputs. With retries or checks the ranks meet after every
@@ -127,6 +134,12 @@ class DistributedConfig(RingAttentionConfig):
         if self.metrics_host != LOOPBACK and self.metrics_port is None:
             raise ValueError("metrics_host: nothing listens without metrics_port; give one")
         return self
+
+    def per_host(self, world: int) -> int:
+        """Ranks of a host, of so many ranks."""
+        if self.ranks_per_host != "auto":
+            return self.ranks_per_host
+        return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
     @property
     def monitored(self) -> bool:

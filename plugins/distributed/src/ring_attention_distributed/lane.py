@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch.distributed as dist
 
-from ring_attention_distributed.child import child_group
+from ring_attention_distributed.child import abort, child_group, destroy
+from ring_attention_distributed.mesh import abort_parts
 from ring_attention_distributed.verdict import Meetings
 from ring_core.groups import rank_and_world, store_of
 
@@ -21,7 +22,6 @@ class Lane:
     """
 
     def __init__(self, group: Any) -> None:
-        self._group = group
         self._child: Any | None = None
         store = store_of(group)
         rank, world = rank_and_world(group)
@@ -29,30 +29,36 @@ class Lane:
         turn = store.add(f"ring_attention/lane/{rank}", 1)
         self.meetings = Meetings(store, rank, world, f"ring_attention/lane/{turn}")
 
-    def group(self, timeout: float) -> Any:
-        """The process group to use now, made if there is none; all ranks ask alike.
+    def over(self, group: Any, timeout: float) -> Any:
+        """The process group to use now for ``group``, made if there is none; all ranks ask alike.
 
         Raises:
             CommunicatorError: a rank did not come within ``timeout`` seconds.
         """
         if self._child is None:
-            ranks = dist.get_process_group_ranks(self._group)
-            self._child = child_group(self._group, ranks, timeout)
+            self._child = child_group(group, dist.get_process_group_ranks(group), timeout)
         return self._child
 
     def fail(self) -> None:
         """Give the process group up; the next question makes another."""
         child, self._child = self._child, None
-        # Not destroyed: torch would give its name, and what its store holds, to the next one.
-        if child is not None and hasattr(child, "abort"):
-            child.abort()
+        if child is not None:
+            abort_parts(child)
+            abort(child)
+
+    def close(self) -> None:
+        """The caller's group is gone."""
+        child, self._child = self._child, None
+        if child is not None:
+            destroy(child)
 
 
 _lanes: WeakKeyDictionary[Any, Lane] = WeakKeyDictionary()
 
 
 def lane_of(group: Any) -> Lane:
-    """The lane of a group, shared by all its attentions."""
+    """The lane of a group, shared by all its attentions; it goes with the group."""
     if group not in _lanes:
-        _lanes[group] = Lane(group)
+        _lanes[group] = lane = Lane(group)
+        finalize(group, lane.close)
     return _lanes[group]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attention_distributed.child import child_group
+from ring_attention_distributed.child import abort, child_group, destroy
 from ring_core.layout import Layout, joined
 from ring_core.plan import Plan
 from ring_core.rank_plan import RankPlan
@@ -47,6 +47,11 @@ class Mesh:
     def place(self) -> int:
         """This rank's number in its head group."""
         return self.rank % self.degree
+
+    @property
+    def ring_peers(self) -> range:
+        """The ranks of this one's ring."""
+        return range(self.place, self.world, self.degree)
 
     @property
     def peers(self) -> range:
@@ -159,32 +164,42 @@ def _stretches(rows: Tensor) -> tuple[Stretch, ...] | Tensor:
     return tuple(Stretch(a, int(rows[a]), b - a) for a, b in pairwise(edges) if b > a)
 
 
-def places(plan: RankPlan, ring: RankPlan, mesh: Mesh) -> tuple[Places, Places]:
+def places(plan: RankPlan, ring: Plan, mesh: Mesh) -> tuple[Places, Places]:
     """Of queries and of keys."""
     found = [
         Places.of([layout.positions(rank) for rank in mesh.peers], together.positions(mesh.ring))
         for layout, together in (
-            (plan.plan.queries, ring.plan.queries),
-            (plan.plan.keys, ring.plan.keys),
+            (plan.plan.queries, ring.queries),
+            (plan.plan.keys, ring.keys),
         )
     ]
     return found[0], found[1]
 
 
-_rings: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()
+_parts: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
-def ring_group(group: Any, mesh: Mesh, timeout: float) -> Any | None:
-    """The process group of this rank's ring, made at the first question, which all ranks of the
-    group ask alike. None where a ring is one rank.
+def part_of(group: Any, members: Sequence[int], timeout: float) -> Any | None:
+    """The process group of some ranks of ``group``, made at the first question; all its ranks ask
+    alike, each for a part that it is in. It goes with ``group``. None for a single rank.
+
+    Args:
+        members: ranks in the group, ascending.
 
     Raises:
         CommunicatorError: a rank did not ask within ``timeout`` seconds.
     """
-    if mesh.rings == 1:
+    if len(members) == 1:
         return None
-    made = _rings.setdefault(group, {})
-    if mesh.degree not in made:
-        ranks = dist.get_process_group_ranks(group)[mesh.place :: mesh.degree]
-        made[mesh.degree] = child_group(group, ranks, timeout)
-    return made[mesh.degree]
+    made, key = _parts.setdefault(group, {}), tuple(members)
+    if key not in made:
+        ranks = dist.get_process_group_ranks(group)
+        made[key] = child_group(group, [ranks[member] for member in members], timeout)
+        finalize(group, destroy, made[key])
+    return made[key]
+
+
+def abort_parts(group: Any) -> None:
+    """End the transfers of the parts of a group that failed."""
+    for part in _parts.pop(group, {}).values():
+        abort(part)

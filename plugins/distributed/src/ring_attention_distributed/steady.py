@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ring_attention_distributed.lane import Lane, lane_of
 from ring_attention_distributed.verdict import Report
 from ring_core import engine
 from ring_core.calls import Call
-from ring_core.errors import CommunicatorError, RingTimeoutError
+from ring_core.errors import CommunicatorError, NonFiniteError, RingTimeoutError
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import agreement_of
 
@@ -37,6 +38,7 @@ class SteadyCall:
         device: of the tensors.
         retries: attempts after the first. backoff: seconds before the second, then twice as long.
         finite: whether to check what comes out.
+        forget: what holds on to a process group that failed.
 
     Attributes:
         retried: attempts after the first, so far.
@@ -51,9 +53,11 @@ class SteadyCall:
         retries: int,
         backoff: float,
         finite: bool,
+        forget: Callable[[], None],
     ) -> None:
         self._call, self._on, self._device = call, on, device
         self._retries, self._backoff, self._finite = retries, backoff, finite
+        self._forget = forget
         self._timeout = call.runtime.config.timeout
         self.number, self.seed = call.number, call.seed
         self.retried = 0
@@ -106,8 +110,9 @@ class SteadyCall:
                 raised = other
             left = self._timeout - (time.monotonic() - started)
             verdict = lane.meetings.meet(what, report, max(left, (1 - WAIT) * self._timeout))
-            if report.ending in ("late", "raised") or verdict.again:
-                lane.fail()
+            if verdict.error is not None and not isinstance(verdict.error, NonFiniteError):
+                lane.fail()  # what was on its way when a rank broke off would come still
+                self._forget()
             if verdict.error is None:
                 assert result is not None
                 return result
@@ -117,7 +122,6 @@ class SteadyCall:
                 logger.warning("%s; trying again in %g s", verdict.text, pause)
                 time.sleep(pause)
                 continue
-            lane.fail()
             ending = verdict.error
             if verdict.lost:
                 ending = agreement_of(plan.group).end(call.number, ending)
@@ -139,11 +143,14 @@ class SteadyCall:
             time.sleep(2e-5)
 
 
+_on_lanes: WeakKeyDictionary[RankPlan, RankPlan] = WeakKeyDictionary()
+
+
 def lane_plan(plan: RankPlan, lane: Lane, timeout: float) -> RankPlan:
     """The plan over the lane's process group of the moment."""
-    group = lane.group(timeout)
-    made: dict[object, RankPlan] = plan.__dict__.setdefault("_on_lanes", {})
-    if group not in made:
-        made.clear()  # others are dead
-        made[group] = RankPlan(plan.plan, plan.sequences, group, plan.made_by)
-    return made[group]
+    group = lane.over(plan.group, timeout)
+    made = _on_lanes.get(plan)
+    if made is None or made.group is not group:
+        made = RankPlan(plan.plan, plan.sequences, group, plan.made_by, within=True)
+        _on_lanes[plan] = made
+    return made
