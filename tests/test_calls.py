@@ -384,3 +384,22 @@ def test_what_is_no_tensor_is_named(wrong) -> None:
         attention(q, wrong, q)
     with pytest.raises(InputError, match="expected a tensor"):
         attention.plan(8).shard(wrong)
+
+
+def refused_by_one(worker: Worker) -> tuple[str, float]:
+    """A known call, a new one that rank 1 refuses, and the known one again."""
+    attention = registry.create("standard", group=worker.group, timeout=20.0)
+    plan = attention.plan(9)
+    q, wide = torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 8)
+    attention(q, q, q, plan=plan)
+    try:
+        attention(wide, q if worker.rank == 1 else wide, wide, plan=plan)
+        told = "nothing"
+    except RingError as error:
+        told = type(error).__name__
+    return told, float(attention(q, q, q, plan=plan).sum())
+
+
+def test_a_refusal_that_all_agreed_on_ends_one_call(breakable: RankPool) -> None:
+    found = breakable.run(refused_by_one, world=3, fresh=True, timeout=60)
+    assert found == [("DisagreementError", 24.0), ("InputError", 24.0), ("DisagreementError", 24.0)]

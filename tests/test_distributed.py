@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +22,13 @@ from ring_attention_hilbert.orders import GridOrder
 
 import by_definition
 from ring_core import reference, registry
-from ring_core.errors import ConfigError, DisagreementError, InputError, UnknownVariantError
+from ring_core.errors import (
+    ConfigError,
+    DisagreementError,
+    InputError,
+    NonFiniteError,
+    UnknownVariantError,
+)
 from ring_core.plan import ForHeads, HeldHeads
 from ring_core.rounds import rounds
 from ring_core.sequences import Sequences
@@ -235,6 +242,32 @@ def test_ranks_may_have_made_unequally_many_groups(cpu_pool: RankPool) -> None:
         assert max(errors) < 1e-10
 
 
+def regrouped(worker: Worker) -> list[float]:
+    """Calls of groups of the caller's, some of which are destroyed in between."""
+    import torch.distributed as dist
+
+    found = []
+    for count in (3, 2, 1):
+        groups = [dist.new_group(list(range(8))) for _ in range(count)]
+        attention = registry.create("distributed", ulysses=2, retries=1, group=groups[-1])
+        plan = attention.plan(24)
+        q = torch.randn(1, 24, 4, 8, generator=torch.Generator().manual_seed(1))
+        right, _ = reference.attention(q, q, q, reference.visible(24, 24))
+        mine = plan.shard(q)
+        found.append(
+            float((plan.unshard(attention(mine, mine, mine, plan=plan)) - right).abs().max())
+        )
+        pickle.loads(pickle.dumps(plan))
+        for group in groups:
+            dist.destroy_process_group(group)
+    return found
+
+
+def test_callers_may_destroy_groups(cpu_pool: RankPool) -> None:
+    for errors in cpu_pool.run(regrouped, world=8):
+        assert max(errors) < 1e-5
+
+
 # Heads
 
 
@@ -396,6 +429,16 @@ def test_auto_takes_this_variant_where_a_group_spans_hosts(monkeypatch):
     assert registry.create("auto", ulysses=1).config.variant == "distributed"
 
 
+def test_one_rank_is_checked_too():
+    x = torch.ones(1, 4, 2, 4, requires_grad=True)
+    attention = registry.create("distributed", check_finite=True)
+    attention(x, x, x).sum().backward()
+    k = x.detach().clone()
+    k[0, 2, 1, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"k holds 1 numbers.*token 2, head 1"):
+        attention(x, k, x)
+
+
 # Weights
 
 
@@ -453,6 +496,8 @@ def test_the_config_round_trips():
         ({"inner": {"variant": "blocksparse", "patern": []}}, "Did you mean 'patterns'"),
         ({"inner": BLOCKS, **DILATED}, "segment_lengths"),
         ({"inner": 3}, "expected the name of a variant"),
+        ({"backoff": 3.0}, "nothing is tried again without retries"),
+        ({"retries": True}, "valid integer"),
         ({"ulysses": 0}, "greater than or equal to 1"),
         ({"ulysses": "many"}, "'auto'"),
     ],

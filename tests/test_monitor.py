@@ -39,6 +39,7 @@ def scraped(address: tuple[str, int]) -> dict[str, float]:
 def watched(worker: Worker, case: Case) -> tuple[list[dict[str, Any]], dict[str, float], int]:
     """Three forwards and backwards: the log, the endpoint, and the bytes that the plan says."""
     attention, plan, (q, k, v, dout, _) = build(worker, case)
+    before = scraped(attention.monitor.endpoint.address)  # this process's, of other tests too
     for _ in range(3):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         attention(*leaves, plan=plan).backward(dout)
@@ -48,7 +49,13 @@ def watched(worker: Worker, case: Case) -> tuple[list[dict[str, Any]], dict[str,
     rows = elements_sent(plan.plan, plan.rank, case.kv_heads) * 2
     rows += elements_fetched(plan.plan, plan.rank, case.kv_heads)
     planned = 3 * rows * (case.head_dim + case.value_dim) * 8
-    return log, scraped(attention.monitor.endpoint.address), planned
+    after = scraped(attention.monitor.endpoint.address)
+    gauges = ("ring_attention_memory_bytes", "ring_attention_slowdown")
+    counted = {
+        name: value if name.startswith(gauges) else value - before.get(name, 0)
+        for name, value in after.items()
+    }
+    return log, counted, planned
 
 
 def test_log_and_endpoint_agree_and_count_what_is_planned(cpu_pool: RankPool, tmp_path) -> None:
@@ -189,7 +196,31 @@ def test_what_is_missing_or_taken_is_told(monkeypatch, tmp_path) -> None:
         registry.create("distributed", metrics_host="0.0.0.0")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ConfigError, match=r"pip install 'ring-attention-distributed\[metrics\]'"):
-        _ = registry.create("distributed", metrics_port=0, metrics_log=str(tmp_path / "b")).monitor
+        _ = registry.create("distributed", metrics_port=0, metrics_host="localhost").monitor
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"metrics_log=.*cannot write"):
+        _ = registry.create("distributed", metrics_log=str(tmp_path / "file")).monitor
+
+
+def of_two_groups(worker: Worker, folder: str) -> tuple[list[str], set[str]]:
+    """Calls of two groups of a process with one port and one folder: addresses, and groups."""
+    fields = {"metrics_port": 0, "metrics_log": folder, "group": worker.group}
+    first = registry.create("distributed", **fields)
+    other = torch.distributed.new_group([worker.rank], use_local_synchronization=True)
+    second = registry.create("distributed", **{**fields, "group": other})
+    q = torch.randn(1, 4, 2, 4)
+    for attention in (first, second):
+        attention(q, q, q, plan=attention.plan(4 * (worker.world if attention is first else 1)))
+        attention.monitor.flush(wait=True)
+    lines = (Path(folder) / f"rank-{worker.rank}.jsonl").read_text().splitlines()
+    addresses = [one.monitor.endpoint.address for one in (first, second)]
+    return addresses, {json.loads(line)["group"] for line in lines}
+
+
+def test_groups_of_a_process_share_its_places(cpu_pool: RankPool, tmp_path) -> None:
+    for addresses, groups in cpu_pool.run(of_two_groups, str(tmp_path), world=2):
+        assert addresses[0] == addresses[1]
+        assert len(groups) == 2
 
 
 def test_the_dashboard_shows_what_there_is() -> None:

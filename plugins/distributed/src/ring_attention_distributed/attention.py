@@ -135,7 +135,7 @@ class DistributedRingAttention(BaseRingAttention):
             return MeshCall(runtime, self.choose, plan, q, k, v, **call, arrangement=make)
 
         config = self.config
-        if whole.world == 1 or not (config.retries or config.check_finite):
+        if not (config.retries if whole.world > 1 else 0) and not config.check_finite:
             return on(whole)
         return SteadyCall(
             on(whole),

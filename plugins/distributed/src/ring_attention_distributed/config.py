@@ -13,6 +13,7 @@ from ring_core.config import RingAttentionConfig, common_fields
 from ring_core.errors import ConfigError
 
 NAME = "distributed"
+BACKOFF = 0.5
 LOOPBACK = "127.0.0.1"
 
 
@@ -60,25 +61,26 @@ class DistributedConfig(RingAttentionConfig):
     """The variant that computes: its name, or its fields, as in {"variant": "blocksparse",
     "patterns": [...]}. Common fields belong here, beside it, and reach it."""
 
-    ulysses: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    ulysses: Annotated[int, Field(ge=1, strict=True)] | Literal["auto"] = "auto"
     """Degree of Ulysses (arXiv 2309.14509): so many neighbouring ranks exchange heads for rows, and
     rings go over what is left. It divides the number of ranks, and the heads must allow it: it is
     at most the number of KV heads, or a multiple of it of which each KV head's query heads are one.
     'auto' takes the degree that is predicted to be fastest; 1 is a ring of all ranks. A group of
     one rank exchanges nothing."""
 
-    ranks_per_host: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    ranks_per_host: Annotated[int, Field(ge=1, strict=True)] | Literal["auto"] = "auto"
     """How many neighbouring ranks share a host. A ring of several hosts goes in two levels: keys
     cross between hosts once, while a ring within each host goes over those that came before.
     'auto' takes what a launcher says (LOCAL_WORLD_SIZE), or one host. Where it does not divide the
     ranks, or the degree does not divide it, rings have one level."""
 
-    retries: int = Field(default=0, ge=0, le=20)
+    retries: int = Field(default=0, ge=0, le=20, strict=True)
     """How often a call is tried again whose transfers failed, by agreement of all its ranks, on a
-    fresh process group and from unchanged inputs. With retries or checks the ranks meet after every
-    forward and backward, so that each ends alike on all of them: no rank runs ahead."""
+    fresh process group and from unchanged inputs; one rank has no transfers. With retries or checks
+    the ranks meet after every forward and backward, so that each ends alike on all of them: no rank
+    runs ahead."""
 
-    backoff: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    backoff: float = Field(default=BACKOFF, ge=0, allow_inf_nan=False)
     """Seconds before the first retry; twice as long before each further one."""
 
     check_finite: bool = False
@@ -90,7 +92,7 @@ class DistributedConfig(RingAttentionConfig):
     retries, memory, and who computes for longer than the others. ``attention.monitor.records``
     holds the last ones."""
 
-    metrics_log: str | None = None
+    metrics_log: str | None = Field(default=None, min_length=1)
     """Folder for a file of JSON lines for each rank, one line a forward or backward; turns the
     monitor on."""
 
@@ -98,7 +100,7 @@ class DistributedConfig(RingAttentionConfig):
     """Port of rank 0's HTTP endpoint for Prometheus; the ranks of a host listen on the ports from
     there on; 0 takes free ones. Turns the monitor on."""
 
-    metrics_host: str = LOOPBACK
+    metrics_host: str = Field(default=LOOPBACK, min_length=1)
     """Address that endpoints listen on; only this machine by default."""
 
     @model_validator(mode="before")
@@ -133,6 +135,8 @@ class DistributedConfig(RingAttentionConfig):
     def _listens(self) -> Self:
         if self.metrics_host != LOOPBACK and self.metrics_port is None:
             raise ValueError("metrics_host: nothing listens without metrics_port; give one")
+        if self.backoff != BACKOFF and not self.retries:
+            raise ValueError("backoff: nothing is tried again without retries; give some")
         return self
 
     def per_host(self, world: int) -> int:

@@ -11,12 +11,22 @@ if TYPE_CHECKING:
     from ring_attention_distributed.monitor import Record
 
 
+_open: dict[tuple[str, int], Endpoint] = {}
+
+
+def endpoint_at(rank: int, first: tuple[str, int]) -> Endpoint:
+    """This process's endpoint there, made at the first question: all its groups count together."""
+    if first not in _open:
+        _open[first] = Endpoint(rank, first)
+    return _open[first]
+
+
 class Endpoint:
-    """Of one rank; needs package prometheus-client.
+    """Of one process; needs package prometheus-client.
 
     Args:
-        first: host, and port of rank 0; the others' follow, within a host by LOCAL_RANK. Port 0
-            takes a free one.
+        rank: of the process in its launch. first: host, and port of rank 0; the others' follow,
+            within a host by LOCAL_RANK. Port 0 takes a free one.
 
     Attributes:
         address: (host, port) where it listens.
@@ -52,7 +62,7 @@ class Endpoint:
             port += int(os.environ.get("LOCAL_RANK", rank))
         try:
             server, _ = prometheus.start_http_server(port, addr=host, registry=registry)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"metrics_port: rank {rank} cannot listen on {host}:{port}: {error}"
             ) from error

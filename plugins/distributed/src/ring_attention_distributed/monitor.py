@@ -13,14 +13,16 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ring_attention_distributed.config import DistributedConfig
-from ring_attention_distributed.endpoint import Endpoint
+from ring_attention_distributed.endpoint import endpoint_at
 from ring_core.calls import AnyCall
+from ring_core.errors import ConfigError
 from ring_core.groups import rank_and_world, store_of
 
 logger = logging.getLogger("ring_attention_distributed")
@@ -38,7 +40,8 @@ class Record:
     """One forward or backward on one rank; a line of the log.
 
     Attributes:
-        time: when it ended, seconds since the epoch. call: its number in the group.
+        time: when it ended, seconds since the epoch. group: its name. rank, world: of this process
+            in it. call: its number there.
         seconds: from its begin to its end; on a GPU of the stream's time. waiting: of those for
             data of other ranks. bytes_sent, bytes_received: by this rank.
         retries: attempts after the first. memory_bytes: held by torch on the GPU, or the most that
@@ -47,6 +50,7 @@ class Record:
     """
 
     time: float
+    group: str
     rank: int
     world: int
     call: int
@@ -123,17 +127,19 @@ class Monitor:
     """Of one group on this rank; shared by all its attentions that write to the same places.
 
     Args:
-        log: folder for ``rank-N.jsonl``. address: (host, port) of the first rank's endpoint; the
-            others' ports follow it; port 0 takes a free one.
+        log: folder for ``rank-N.jsonl``, N the process's rank in its launch. address: (host, port)
+            of the first rank's endpoint; the others' ports follow it; port 0 takes a free one.
     """
 
     def __init__(self, group: Any, log: str | None, address: tuple[str, int] | None) -> None:
         self.rank, self.world = rank_and_world(group)
         self.records: deque[Record] = deque(maxlen=1024)
         self.slowdown = 1.0
-        self.endpoint = Endpoint(self.rank, address) if address is not None else None
+        process = dist.get_rank() if dist.is_initialized() else 0
+        self.group = "" if group is None else str(group.group_name)
+        self._log = _open(log, process) if log is not None else None
+        self.endpoint = endpoint_at(process, address) if address is not None else None
         self._store = store_of(group) if self.world > 1 else None
-        self._log = _open(log, self.rank) if log is not None else None
         self._spans: deque[Span] = deque()
         self._lock = threading.Lock()
         self._sampled, self._memory = float("-inf"), 0
@@ -141,7 +147,7 @@ class Monitor:
         if self._store is not None:
             turn = self._store.add(f"ring_attention/monitor/turn/{self.rank}", 1)
             self._prefix = f"ring_attention/monitor/{turn}"
-        atexit.register(self.flush, wait=True)
+        atexit.register(_last, ref(self))
 
     def begin(self, number: int, direction: str, device: torch.device) -> Span:
         """A call begins on this thread."""
@@ -175,6 +181,7 @@ class Monitor:
     def _write(self, span: Span) -> None:
         record = Record(
             time=span.ended,
+            group=self.group,
             rank=self.rank,
             world=self.world,
             call=span.number,
@@ -223,6 +230,12 @@ class Monitor:
                 self.world,
                 found[slowest] / usual,
             )
+
+
+def _last(monitor: ref[Monitor]) -> None:
+    """The process ends: write down what a GPU is still at."""
+    if (living := monitor()) is not None:
+        living.flush(wait=True)
 
 
 class MonitoredCall:
@@ -275,7 +288,10 @@ def _held(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _open(folder: str, rank: int) -> Any:
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    return open(path / f"rank-{rank}.jsonl", "a", encoding="utf-8")
+def _open(folder: str, process: int) -> Any:
+    path = Path(folder) / f"rank-{process}.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"metrics_log={folder!r}: cannot write {path}: {error}") from error

@@ -86,6 +86,8 @@ class SteadyCall:
         run: Callable[[Call], T],
     ) -> T:
         call, plan = self._call, self._call.plan
+        if plan.world == 1:
+            return self._alone(direction, names, inputs, run)
         lane = lane_of(plan.group)
         for attempt in range(self._retries + 1):
             what = f"{direction} of call {call.number}"
@@ -129,6 +131,21 @@ class SteadyCall:
                 raise raised  # the others have it by name
             raise ending from raised
         raise AssertionError("an attempt ends with a result, another attempt or an error")
+
+    def _alone(
+        self,
+        direction: str,
+        names: tuple[str, ...],
+        inputs: dict[str, Tensor],
+        run: Callable[[Call], T],
+    ) -> T:
+        """With one rank there is nobody to meet."""
+        with engine.quiet(self._device):
+            result = run(self._call)
+        made = dict(zip(names, result, strict=False))
+        if found := not_finite(self._call.plan, {**inputs, **made}):
+            raise NonFiniteError(f"{direction}: {found}")
+        return result
 
     def _settle(self, here: str, started: float) -> None:
         """Wait until a GPU has done its part: only then is it known whether all came."""
