@@ -74,7 +74,7 @@ def _one(
         torch.randn(1, rows, heads, job.head_dim, dtype=dtype, device=worker.device)
         for heads in (q_heads, kv_heads, kv_heads)
     )
-    known = {one.degree: one for one in predictions(plan, q, k, v)}
+    known = {one.degree: one for one in predictions(plan, q, k, v, worker.world)}
     if fields.get("ulysses", "auto") != "auto" and fields["ulysses"] not in known:
         return None
     degree = attention.degree(plan, q, k, v)

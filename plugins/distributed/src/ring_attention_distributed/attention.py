@@ -79,7 +79,7 @@ class DistributedRingAttention(BaseRingAttention):
         if world == 1 or given == 1:
             return 1
         if given == "auto":
-            return quickest(plan, q, k, v)
+            return quickest(plan, q, k, v, self.config.per_host(world))
         allowed = list(degrees(q_heads, kv_heads, world))
         if given not in allowed:
             why = (

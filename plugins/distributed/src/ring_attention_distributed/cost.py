@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -110,26 +109,29 @@ def predict(plan: Plan, sizes: Sizes, degree: int, rates: Rates, per_host: int) 
     rows = min(_fetched(plan, sizes.kv_heads), (rings - 1) * degree * plan.keys.size) * sizes.batch
     heads = -(-sizes.kv_heads // degree)
     moved = 3 * rows * heads * both * sizes.itemsize
-    far = rates.between if spread else rates.link
-    wire = moved / far + 3 * (rings - 1) * rates.start
+    wire = moved / rates.link
+    if spread:  # of what comes from other hosts, a rank fetches its number's part where it can
+        away = (world - per_host) / world
+        once = max(1, per_host // degree) if per_host % degree == 0 else 1
+        wire = max(moved * (1 - away) / rates.link, moved * away / once / rates.between)
+    wire += 3 * (rings - 1) * rates.start
     ring = max(0.0, wire - compute * (rings - 1) / rings)
     return Prediction(degree, compute, merge, exchange, ring)
 
 
-def predictions(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> list[Prediction]:
+def predictions(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, per_host: int) -> list[Prediction]:
     """Of every degree that the heads and ranks allow, ascending."""
     sizes = Sizes(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.shape[0], q.element_size())
     rates = GPU if q.device.type == "cuda" else CPU
-    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))
     return [
         predict(plan.plan, sizes, degree, rates, per_host)
         for degree in degrees(sizes.q_heads, sizes.kv_heads, plan.world)
     ]
 
 
-def quickest(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> int:
+def quickest(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, per_host: int) -> int:
     """The degree that is predicted to be fastest; of equal ones the lower."""
-    found = predictions(plan, q, k, v)
+    found = predictions(plan, q, k, v, per_host)
     best = min(found, key=lambda one: one.total)
     _say(best, tuple(found))
     return best.degree
