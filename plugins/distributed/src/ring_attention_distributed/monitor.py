@@ -178,6 +178,12 @@ class Monitor:
                 self._log.flush()
         self._compare()
 
+    def close(self) -> None:
+        """Close the log."""
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+
     def _write(self, span: Span) -> None:
         record = Record(
             time=span.ended,
@@ -198,7 +204,7 @@ class Monitor:
         self.records.append(record)
         self._computed += record.computing
         self._calls += 1
-        if self._log is not None:
+        if self._log is not None and not self._log.closed:
             self._log.write(json.dumps(asdict(record)) + "\n")
         if self.endpoint is not None:
             self.endpoint.count(record, record.computing)
@@ -236,6 +242,7 @@ def _last(monitor: ref[Monitor]) -> None:
     """The process ends: write down what a GPU is still at."""
     if (living := monitor()) is not None:
         living.flush(wait=True)
+        living.close()
 
 
 class MonitoredCall:
