@@ -178,8 +178,7 @@ class BaseRingAttention(nn.Module):
         """
         if not torch.compiler.is_compiling():  # a graph is made of tensors and a plan
             self._check_types(q, k, v, plan)
-        alone = self.rearranges and groups.rank_and_world(self._target())[1] == 1
-        if plan is None and alone and q.ndim == k.ndim == 4:
+        if plan is None and self.rearranges and self._is_alone and q.ndim == k.ndim == 4:
             plan = self._implied_plan(q, k)
         q, k, v = autocast(q, k, v)
         number = NO_PLAN if plan is None else plan.number
@@ -300,6 +299,10 @@ class BaseRingAttention(nn.Module):
             ),
         )
         return plan
+
+    @property
+    def _is_alone(self) -> bool:
+        return groups.rank_and_world(self._target())[1] == 1
 
     def _target(self) -> Any | None:
         """The group that plans are for: the one given, or the default group of this moment."""

@@ -34,6 +34,7 @@ from ring_core.rounds import rounds
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
 from ring_core.testing.case import expected_of, run_case, visible_of
+from ring_core.testing.conformance import skip_too_large
 from ring_core.testing.tasks import build
 
 BLOCKS = {
@@ -122,8 +123,7 @@ INNERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("ulysses", "ring"), MESHES)
 def test_meshes(rank_pool: RankPool, inner: str, ulysses: int, ring: int) -> None:
     """28 query and 7 KV heads, and 8 and 1: uneven shares, and heads that several ranks hold."""
-    if ulysses * ring > rank_pool.size:
-        pytest.skip(f"{ulysses * ring} ranks, and this machine has {rank_pool.size} GPUs")
+    skip_too_large(rank_pool, ulysses * ring)
     kind = INNERS[inner]
     sizes = {name: value for name, value in kind.items() if name != "fields"}
     for heads, kv_heads in ((28, 7), (8, 1)):
@@ -145,8 +145,7 @@ LEVELS = [(4, 2, 1), (8, 4, 1), (8, 2, 1), (8, 4, 2), (6, 3, 1), (6, 2, 1)]
 def test_rings_in_two_levels(
     rank_pool: RankPool, inner: str, world: int, per_host: int, ulysses: int
 ) -> None:
-    if world > rank_pool.size:
-        pytest.skip(f"{world} ranks, and this machine has {rank_pool.size} GPUs")
+    skip_too_large(rank_pool, world)
     kind = INNERS[inner]
     sizes = {name: value for name, value in kind.items() if name != "fields"}
     fields = {**kind["fields"], "ulysses": ulysses, "ranks_per_host": per_host}

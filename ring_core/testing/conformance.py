@@ -121,7 +121,7 @@ class Conformance:
 
     def test_equals_the_reference(self, rank_pool: RankPool, world: int, conforming: Case) -> None:
         """Out, lse, dq, dk, dv equal float64 attention to 1e-10 at every world size."""
-        _skip_too_large(rank_pool, world)
+        skip_too_large(rank_pool, world)
         result = rank_pool.run(run_case, conforming, world=world)[0]
         errors = result.errors(self._expected(conforming))
         assert all(error < EXACT for error in errors.values()), errors  # NaN is not
@@ -130,7 +130,7 @@ class Conformance:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_half_precision(self, rank_pool: RankPool, world: int, dtype: str) -> None:
         """At most 1.25 times the error that one device makes on the same tensors."""
-        _skip_too_large(rank_pool, world)
+        skip_too_large(rank_pool, world)
         for fields in self.fields:
             case = Case(self.variant, fields, dtype=dtype, **self.half)
             expected = self._expected(case)
@@ -141,7 +141,7 @@ class Conformance:
 
     def test_gradcheck(self, rank_pool: RankPool) -> None:
         """torch's numerical gradient check through shard, a 2-rank ring and unshard."""
-        _skip_too_large(rank_pool, 2)
+        skip_too_large(rank_pool, 2)
         for fields in self.fields:
             case = Case(
                 self.variant, fields, seq_len=7, heads=2, kv_heads=1, head_dim=2, value_dim=1
@@ -274,7 +274,8 @@ class Conformance:
             assert torch.equal(copied(q, q, q), expected)
 
 
-def _skip_too_large(pool: RankPool, world: int) -> None:
+def skip_too_large(pool: RankPool, world: int) -> None:
+    """Skip a test for more ranks than the pool has: on a machine with fewer GPUs."""
     if world > pool.size:
         pytest.skip(f"{world} ranks, and this machine has {pool.size} GPUs")
 

@@ -27,7 +27,7 @@ class BlockSparseRingAttention(BaseRingAttention):
 
     config_class = BlockSparseConfig
     config: BlockSparseConfig
-    _latest: tuple[BlockPlan, int, range, Choice | None] | None = None
+    _latest: tuple[BlockPlan, int, int, range, Choice | None] | None = None
 
     @property
     def density(self) -> float:
@@ -39,7 +39,8 @@ class BlockSparseRingAttention(BaseRingAttention):
         """
         if self._latest is None:
             return 1.0
-        return density_of(*self._latest)
+        plan, kv_heads, rank, held, choice = self._latest
+        return density_of(plan.for_heads(kv_heads), rank, held, choice)
 
     def make_plan(self, sequences: Sequences, world: int) -> Plan:
         if self.config.patterns is None:
@@ -54,7 +55,7 @@ class BlockSparseRingAttention(BaseRingAttention):
         held = range(k.shape[2]) if plan.held is None else plan.held.kv
         choice = choose(plan.plan, q, k, exchange, held.start)
         kv_heads = held.stop if plan.held is None else plan.held.kv_heads
-        self._latest = plan.plan.for_heads(kv_heads), plan.rank, held, choice
+        self._latest = plan.plan, kv_heads, plan.rank, held, choice
         return choice
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import hashlib
 from typing import Any
 
 import torch
-from ring_attention_standard.meeting import compare
 from torch import nn
 
 from ring_core import groups
+from ring_core.comparing import compare
 from ring_core.errors import DisagreementError
 
 

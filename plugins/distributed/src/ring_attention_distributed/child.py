@@ -10,9 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from ring_attention_standard.meeting import compare
 from torch.distributed import distributed_c10d
 
+from ring_core.comparing import compare
 from ring_core.errors import CommunicatorError
 from ring_core.groups import rank_and_world, store_of
 

@@ -19,9 +19,7 @@ LOOPBACK = "127.0.0.1"
 
 def _inner(given: Any) -> Any:
     """A variant's name, or its fields, as a config of its own fields."""
-    if isinstance(given, RingAttentionConfig):
-        given = {"variant": given.variant, **given.given()}
-    elif isinstance(given, str):
+    if isinstance(given, str):
         given = {"variant": given}
     if not isinstance(given, Mapping):
         raise ValueError(
@@ -93,7 +91,7 @@ class DistributedConfig(RingAttentionConfig):
     holds the last ones."""
 
     metrics_log: str | None = Field(default=None, min_length=1)
-    """Folder for a file of JSON lines for each rank, one line a forward or backward; turns the
+    """Folder for a file of JSON lines for each process, one line a forward or backward; turns the
     monitor on."""
 
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
@@ -132,7 +130,7 @@ class DistributedConfig(RingAttentionConfig):
         return self
 
     @model_validator(mode="after")
-    def _listens(self) -> Self:
+    def _nothing_idle(self) -> Self:
         if self.metrics_host != LOOPBACK and self.metrics_port is None:
             raise ValueError("metrics_host: nothing listens without metrics_port; give one")
         if self.backoff != BACKOFF and not self.retries:

@@ -86,7 +86,7 @@ def predict(plan: Plan, sizes: Sizes, degree: int, rates: Rates, per_host: int) 
     Args:
         plan: of a ring of all ranks. per_host: how many of them a host has.
     """
-    world, rings = plan.world, plan.world // degree
+    world, ring = plan.world, plan.world // degree
     queries, keys = (layout.size * sizes.batch for layout in (plan.queries, plan.keys))
     both = sizes.head_dim + sizes.value_dim
     spread = world > per_host
@@ -96,7 +96,7 @@ def predict(plan: Plan, sizes: Sizes, degree: int, rates: Rates, per_host: int) 
     )
     compute = 2 * both * pairs * sizes.q_heads * (1 + _BACKWARD) / rates.kernel(sizes.itemsize)
     # Results in the accumulation dtype are read, added to and written, forward and backward.
-    merge = (rings - 1) * queries * sizes.q_heads * both * 12 / rates.memory
+    merge = (ring - 1) * queries * sizes.q_heads * both * 12 / rates.memory
 
     copies = max(sizes.kv_heads, degree)  # a head that several ranks hold goes to each
     numbers = queries * sizes.q_heads * (3 * sizes.head_dim + 3 * sizes.value_dim)
@@ -106,7 +106,7 @@ def predict(plan: Plan, sizes: Sizes, degree: int, rates: Rates, per_host: int) 
     exchange = exchanged / near + (7 * rates.start if degree > 1 else 0.0)
     exchange += 2 * exchanged / rates.memory  # rows are copied together and apart
 
-    rows = min(_fetched(plan, sizes.kv_heads), (rings - 1) * degree * plan.keys.size) * sizes.batch
+    rows = min(_fetched(plan, sizes.kv_heads), (ring - 1) * degree * plan.keys.size) * sizes.batch
     heads = -(-sizes.kv_heads // degree)
     moved = 3 * rows * heads * both * sizes.itemsize
     wire = moved / rates.link
@@ -114,9 +114,9 @@ def predict(plan: Plan, sizes: Sizes, degree: int, rates: Rates, per_host: int) 
         away = (world - per_host) / world
         once = max(1, per_host // degree) if per_host % degree == 0 else 1
         wire = max(moved * (1 - away) / rates.link, moved * away / once / rates.between)
-    wire += 3 * (rings - 1) * rates.start
-    ring = max(0.0, wire - compute * (rings - 1) / rings)
-    return Prediction(degree, compute, merge, exchange, ring)
+    wire += 3 * (ring - 1) * rates.start
+    exposed = max(0.0, wire - compute * (ring - 1) / ring)
+    return Prediction(degree, compute, merge, exchange, exposed)
 
 
 def predictions(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, per_host: int) -> list[Prediction]:

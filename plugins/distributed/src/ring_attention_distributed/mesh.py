@@ -34,11 +34,6 @@ class Mesh:
     rank: int
 
     @property
-    def rings(self) -> int:
-        """Ranks of a ring."""
-        return self.world // self.degree
-
-    @property
     def ring(self) -> int:
         """This rank's number in its ring."""
         return self.rank // self.degree
@@ -123,10 +118,10 @@ class Places:
             for place, rows in enumerate(self.rows)
         )
 
-    def room(self, like: Tensor, heads: int, dtype: torch.dtype | None = None) -> Tensor:
+    def room(self, like: Tensor, heads: int) -> Tensor:
         """A shard of the ring [B, together, heads, D], of which padding is 0."""
         shape = like.shape[0], self.together, heads, like.shape[3]
-        room = like.new_empty(shape, dtype=dtype or like.dtype)
+        room = like.new_empty(shape)
         room[:, sum(self.counts) :] = 0
         return room
 

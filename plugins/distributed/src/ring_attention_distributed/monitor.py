@@ -28,7 +28,7 @@ from ring_core.groups import rank_and_world, store_of
 logger = logging.getLogger("ring_attention_distributed")
 
 _EVERY = 1.0
-"""Seconds between looks at what the other ranks took."""
+"""Seconds between looks at what the other ranks took, and at the memory held."""
 _LEAST = 8
 """Calls between them: the first ones of a process compile and allocate."""
 _BEHIND = 1.5

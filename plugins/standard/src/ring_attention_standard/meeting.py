@@ -1,10 +1,7 @@
-"""What the ranks of a group tell each other before they share memory, and how they do so."""
+"""How the ranks of a group come to share memory."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,37 +9,14 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from ring_core.errors import CommunicatorError, InputError
-from ring_core.groups import by_name, rank_and_world, store_of
+from ring_core.comparing import compare
+from ring_core.errors import InputError
+from ring_core.groups import by_name
 
-_SECONDS = 60
 _BYTES = 256
 
 _met = 0
 _alone: str | None = None
-
-
-def compare(
-    group: Any, what: str, mine: Mapping[str, Any], timeout: float = _SECONDS
-) -> list[dict[str, Any]]:
-    """What every rank of the group says, by rank; every rank comes here alike.
-
-    Raises:
-        CommunicatorError: a rank did not say anything in ``timeout`` seconds.
-    """
-    rank, world = rank_and_world(group)
-    store = store_of(group)
-    # A store may outlive the group, as a launcher's does; its next group reads other keys.
-    turn = store.add(f"ring_attention/symmetric/{what}/turn/{rank}", 1)
-    keys = [f"ring_attention/symmetric/{what}/{turn}/{peer}" for peer in range(world)]
-    store.set(keys[rank], json.dumps(mine))
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError as error:
-        raise CommunicatorError(
-            f"rank {rank} of {world}: not every rank said its {what} within {timeout:g} s: {error}"
-        ) from error
-    return [json.loads(store.get(key)) for key in keys]
 
 
 def catch_up(group: Any, device: torch.device, timeout: float) -> None:

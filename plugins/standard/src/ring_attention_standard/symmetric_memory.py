@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ring_attention_standard.meeting import compare
 from ring_attention_standard.region import Region
 from ring_attention_standard.signals import LARGEST
 from ring_core.communication import RingCommunicationMixin
+from ring_core.comparing import compare
 from ring_core.copying import shaped
 from ring_core.groups import rank_and_world
 from ring_core.plan import ALL_HEADS, Segments
