@@ -244,9 +244,7 @@ class BaseRingAttention(nn.Module):
         seed: int,
     ) -> AnyCall:
         """The call of that number again, for its backward."""
-        return Call(
-            self.runtime,
-            self.choose,
+        return self.make_call(
             self._implied_plan(q, k) if plan is None else plan,
             q,
             k,
@@ -256,6 +254,14 @@ class BaseRingAttention(nn.Module):
             wants=wants,
             seed=seed,
         )
+
+    def make_call(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> AnyCall:
+        """What runs forward and backward of a call; ``call``: see :class:`ring_core.calls.Call`.
+
+        Raises:
+            InputError: the tensors do not fit the config.
+        """
+        return Call(self.runtime, self.choose, plan, q, k, v, **call)
 
     @staticmethod
     def _next_call(group: Any | None) -> int:

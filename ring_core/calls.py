@@ -13,6 +13,7 @@ from ring_core import engine
 from ring_core.agreement import Signature, tag
 from ring_core.engine import Settings
 from ring_core.exchange import Exchange
+from ring_core.given import Given
 from ring_core.program import Program
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import Runtime, agreement_of
@@ -28,9 +29,7 @@ class AnyCall(Protocol):
         """Out of this rank's queries, and lse in the accumulation dtype."""
         ...
 
-    def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         ...
 
@@ -87,13 +86,10 @@ class Call:
         with engine.quiet(q.device), _FailingAlike(self):
             return self.attended(q, k, v)
 
-    def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
-        q, k, v, out, lse = saved
-        with engine.quiet(q.device), _FailingAlike(self):
-            return self.differentiated(dout, dlse, q, k, v, out, lse)
+        with engine.quiet(given.q.device), _FailingAlike(self):
+            return self.differentiated(given)
 
     def agree(self) -> None:
         """Wait until every rank of the group came to this call with an equal signature.
@@ -109,18 +105,9 @@ class Call:
         """:meth:`forward`, between ranks that agreed to it."""
         return self.attend(self.plan, q, k, v)
 
-    def differentiated(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def differentiated(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`backward`, between ranks that agreed to it."""
-        return self.differentiate(self.plan, dout, dlse, q, k, v, out, lse)
+        return self.differentiate(self.plan, given)
 
     def attend(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The engine's forward by ``plan``, whose group may be a part of the call's."""
@@ -137,31 +124,23 @@ class Call:
         )
 
     def differentiate(
-        self,
-        plan: RankPlan,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kv_dtype: torch.dtype | None = None,
+        self, plan: RankPlan, given: Given, kv_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The engine's backward by ``plan``, whose group may be a part of the call's."""
-        program = self.program(plan, q, v, columns=int(dlse is not None))
+        q, k, v = given.q, given.k, given.v
+        program = self.program(plan, q, v, columns=int(given.dlse is not None))
         settings = self.tagged("backward", plan)
         return engine.backward(
             program,
-            dout,
+            given.dout,
             q,
             k,
             v,
-            out,
-            lse,
+            given.out,
+            given.lse,
             self.runtime.communicator(plan, q.device),
             settings,
-            dlse=dlse,
+            dlse=given.dlse,
             need_kv=self.need_kv,
             kv_dtype=kv_dtype,
             choice=self.chosen(plan, q, k, settings.tag),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ring_core.errors import DifferentiationError, InputError
+from ring_core.given import Given
 from ring_core.softmax import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _attend_backward(
     )
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv = again.backward(dout, dlse, (q, k, v, out, lse))
+    dq, dk, dv = again.backward(Given(dout, dlse, q, k, v, out, lse))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

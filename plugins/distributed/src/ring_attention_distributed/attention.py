@@ -93,59 +93,29 @@ class DistributedRingAttention(BaseRingAttention):
             )
         return given
 
-    def resume(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: RankPlan | None,
-        training: bool,
-        wants: tuple[bool, bool, bool],
-        number: int,
-        seed: int,
-    ) -> AnyCall:
-        whole = self._implied_plan(q, k) if plan is None else plan
-        degree = self.degree(whole, q, k, v)
-        call: dict[str, Any] = {
-            "number": number,
-            "training": training,
-            "wants": wants,
-            "seed": seed,
-            "also": (("ulysses in this call", str(degree)),),
-        }
+    def make_call(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> AnyCall:
+        degree, config = self.degree(plan, q, k, v), self.config
+        call["also"] = (("ulysses in this call", str(degree)),)
 
-        made = self._call_of(whole, degree, q, k, v, call)
+        def on(over: RankPlan, runtime: Runtime = self.runtime) -> Call:
+            if degree == 1 and config.per_host(over.world) >= over.world:
+                return Call(runtime, self.choose, over, q, k, v, **call)
+            make = partial(self._arranged, over, degree, q.shape[2], k.shape[2])
+            return MeshCall(runtime, self.choose, over, q, k, v, **call, arrangement=make)
+
+        made: AnyCall = on(plan)
+        if config.check_finite or (config.retries and plan.world > 1):
+            made = SteadyCall(
+                on(plan),
+                lambda over: on(over, self._steady_runtime),
+                forget=self._forget,
+                device=q.device,
+                retries=config.retries,
+                backoff=config.backoff,
+                finite=config.check_finite,
+            )
         monitor = self.monitor
         return made if monitor is None else MonitoredCall(made, monitor, q.device)
-
-    def _call_of(
-        self,
-        whole: RankPlan,
-        degree: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: dict[str, Any],
-    ) -> AnyCall:
-        def on(plan: RankPlan, runtime: Runtime = self.runtime) -> Call:
-            per_host = self.config.per_host(plan.world)
-            if degree == 1 and per_host >= plan.world:
-                return Call(runtime, self.choose, plan, q, k, v, **call)
-            make = partial(self._arranged, plan, degree, q.shape[2], k.shape[2])
-            return MeshCall(runtime, self.choose, plan, q, k, v, **call, arrangement=make)
-
-        config = self.config
-        if not (config.retries if whole.world > 1 else 0) and not config.check_finite:
-            return on(whole)
-        return SteadyCall(
-            on(whole),
-            lambda plan: on(plan, self._steady_runtime),
-            forget=self._forget,
-            device=q.device,
-            retries=config.retries,
-            backoff=config.backoff,
-            finite=config.check_finite,
-        )
 
     @property
     def monitor(self) -> Monitor | None:

@@ -15,6 +15,7 @@ from ring_attention_distributed.heads import Split
 from ring_attention_distributed.levels import Levels
 from ring_attention_distributed.mesh import Mesh, Places
 from ring_core.calls import Call
+from ring_core.given import Given
 from ring_core.rank_plan import RankPlan
 from ring_core.softmax import accumulation_dtype
 
@@ -69,36 +70,28 @@ class MeshCall(Call):
         out, lse = exchange.to_rows([out, _beside(lse)], split.q, split.q_heads, rows)
         return out, _behind(lse)
 
-    def differentiated(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def differentiated(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         arrangement, split = self.arrangement, self.arrangement.split
         if arrangement.mesh.degree == 1:
-            return self._back(dout, dlse, q, k, v, out, lse)
+            return self._back(given)
+        q, k, v, dlse = given.q, given.k, given.v, given.dlse
         exchange = self._exchange(q, "backward")
-        of_queries = [q, dout, out, _beside(lse)]
+        of_queries = [q, given.dout, given.out, _beside(given.lse)]
         if dlse is not None:
             of_queries.append(_beside(dlse))
         found, (keys, values) = self._in(exchange, of_queries, k, v)
         self._whole_queries = q
-        dq, dk, dv = self._back(
-            found[1],
-            _behind(found[4]) if dlse is not None else None,
-            found[0],
-            keys,
-            values,
-            found[2],
-            _behind(found[3]),
-            # Parts of one gradient that are rounded before they are added would cost accuracy.
-            accumulation_dtype(k.dtype) if split.shares else None,
+        inside = Given(
+            dout=found[1],
+            dlse=_behind(found[4]) if dlse is not None else None,
+            q=found[0],
+            k=keys,
+            v=values,
+            out=found[2],
+            lse=_behind(found[3]),
         )
+        # Parts of one gradient that are rounded before they are added would cost accuracy.
+        dq, dk, dv = self._back(inside, accumulation_dtype(k.dtype) if split.shares else None)
         self._whole_queries = None
         (dq,) = exchange.to_rows([dq], split.q, split.q_heads, arrangement.queries)
         if not self.need_kv:
@@ -113,21 +106,12 @@ class MeshCall(Call):
         return self.attend(self.arrangement.ring, q, k, v)
 
     def _back(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kv_dtype: torch.dtype | None = None,
+        self, given: Given, kv_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients around the ring."""
-        tensors = dout, dlse, q, k, v, out, lse, kv_dtype
         if self.arrangement.levels is not None:
-            return self.arrangement.levels.differentiate(self, *tensors)
-        return self.differentiate(self.arrangement.ring, *tensors)
+            return self.arrangement.levels.differentiate(self, given, kv_dtype)
+        return self.differentiate(self.arrangement.ring, given, kv_dtype)
 
     def chosen(self, plan: RankPlan, q: Tensor, k: Tensor, tag: int) -> Any:
         arrangement = self.arrangement

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ring_attention_distributed.mesh import Mesh, part_of
 from ring_core import engine
 from ring_core.accumulation import Merge, Sum
 from ring_core.calls import Call
+from ring_core.given import Given
 from ring_core.layout import Layout
 from ring_core.masks import FULL
 from ring_core.plan import HeldHeads, Plan, Rows, Segments, Tile
@@ -144,21 +146,13 @@ class Levels:
         return merged.result()
 
     def differentiate(
-        self,
-        call: Call,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kv_dtype: Any = None,
+        self, call: Call, given: Given, kv_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
+        q, k, v = given.q, given.k, given.v
         settings = call.tagged("backward", self.ring)
         choice = self._choice(call, q, k, settings.tag)
-        dout, out = engine.with_column(dout, out, dlse)
+        dout, out = engine.with_column(given.dout, given.out, given.dlse)
         wide = accumulation_dtype(k.dtype)
         dq, dk, dv = (Sum.of(x, k.shape[2]) for x in (q, k, v))
         homeward: engine.Homeward | None = None
@@ -175,13 +169,13 @@ class Levels:
                 here = (dk, dv) if own else (Sum.of(k, k.shape[2]), Sum.of(v, k.shape[2]))
                 last = engine.differentiate_into(
                     (dq, *here),
-                    call.program(plan, q, came.values, int(dlse is not None)),
+                    call.program(plan, q, came.values, int(given.dlse is not None)),
                     dout,
                     q,
                     came.keys,
                     came.values,
                     out,
-                    lse,
+                    given.lse,
                     call.runtime.communicator(plan, q.device),
                     replace(settings, tag=settings.tag + came.host),
                     need_kv=call.need_kv,

@@ -23,6 +23,7 @@ from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.endpoint import endpoint_at
 from ring_core.calls import AnyCall
 from ring_core.errors import ConfigError
+from ring_core.given import Given
 from ring_core.groups import rank_and_world, store_of
 
 logger = logging.getLogger("ring_attention_distributed")
@@ -260,13 +261,11 @@ class MonitoredCall:
         finally:
             self._monitor.end(span, getattr(self._call, "retried", 0), self._device)
 
-    def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         span = self._monitor.begin(self.number, "backward", self._device)
         try:
-            return self._call.backward(dout, dlse, saved)
+            return self._call.backward(given)
         finally:
             self._monitor.end(span, getattr(self._call, "retried", 0), self._device)
 

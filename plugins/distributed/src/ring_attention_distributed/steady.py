@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +18,7 @@ from ring_attention_distributed.verdict import Report
 from ring_core import engine
 from ring_core.calls import Call
 from ring_core.errors import CommunicatorError, NonFiniteError, RingTimeoutError
+from ring_core.given import Given
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import agreement_of
 
@@ -26,6 +28,26 @@ T = TypeVar("T", bound=tuple[Tensor, ...])
 
 WAIT = 0.75
 """Of the deadline, what a transfer may take; the rest is for the ranks to meet."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run(Generic[T]):
+    """A forward or a backward.
+
+    Attributes:
+        by: runs it by a call. inputs: what is checked before its results, by name. names: of its
+            first results.
+    """
+
+    direction: str
+    by: Callable[[Call], T]
+    inputs: Mapping[str, Tensor]
+    names: Sequence[str]
+
+    def not_finite(self, plan: RankPlan, result: T) -> str | None:
+        """See :func:`ring_attention_distributed.finite.not_finite`."""
+        results = dict(zip(self.names, result, strict=False))
+        return not_finite(plan, {**self.inputs, **results})
 
 
 class SteadyCall:
@@ -66,31 +88,28 @@ class SteadyCall:
         """Out of this rank's queries, and lse in the accumulation dtype."""
         self._call.agree()
         inputs = {"q": q, "k": k, "v": v}
-        return self._steadily("forward", ("out",), inputs, lambda call: call.attended(q, k, v))
-
-    def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's q, k and v."""
-        names = ("dq", "dk", "dv")
-        inputs = {"the gradient of out": dout}
-        return self._steadily(
-            "backward", names, inputs, lambda call: call.differentiated(dout, dlse, *saved)
+        run: _Run[tuple[Tensor, Tensor]] = _Run(
+            "forward", lambda call: call.attended(q, k, v), inputs, ("out",)
         )
+        return self._steadily(run)
 
-    def _steadily(
-        self,
-        direction: str,
-        names: tuple[str, ...],
-        inputs: dict[str, Tensor],
-        run: Callable[[Call], T],
-    ) -> T:
+    def backward(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v."""
+        run: _Run[tuple[Tensor, Tensor, Tensor]] = _Run(
+            "backward",
+            lambda call: call.differentiated(given),
+            {"the gradient of out": given.dout},
+            ("dq", "dk", "dv"),
+        )
+        return self._steadily(run)
+
+    def _steadily(self, run: _Run[T]) -> T:
         call, plan = self._call, self._call.plan
         if plan.world == 1:
-            return self._alone(direction, names, inputs, run)
+            return self._alone(run)
         lane = lane_of(plan.group)
         for attempt in range(self._retries + 1):
-            what = f"{direction} of call {call.number}"
+            what = f"{run.direction} of call {call.number}"
             if attempt:
                 what += f", attempt {attempt + 1}"
             here = f"rank {plan.rank} of {plan.world}, {what}"
@@ -99,11 +118,11 @@ class SteadyCall:
             started = time.monotonic()
             try:
                 with engine.quiet(self._device):
-                    result = run(self._on(lane_plan(plan, lane, WAIT * self._timeout)))
+                    result = run.by(self._on(lane_plan(plan, lane, WAIT * self._timeout)))
                     self._settle(here, started)
                 report = Report("done")
                 if self._finite:
-                    found = not_finite(plan, {**inputs, **dict(zip(names, result, strict=False))})
+                    found = run.not_finite(plan, result)
                     report = Report("nonfinite", f"{here}: {found}") if found else report
             except (RingTimeoutError, CommunicatorError) as error:
                 report, raised = Report("late", f"{here}: {error}"), error
@@ -132,19 +151,12 @@ class SteadyCall:
             raise ending from raised
         raise AssertionError("an attempt ends with a result, another attempt or an error")
 
-    def _alone(
-        self,
-        direction: str,
-        names: tuple[str, ...],
-        inputs: dict[str, Tensor],
-        run: Callable[[Call], T],
-    ) -> T:
+    def _alone(self, run: _Run[T]) -> T:
         """With one rank there is nobody to meet."""
         with engine.quiet(self._device):
-            result = run(self._call)
-        made = dict(zip(names, result, strict=False))
-        if found := not_finite(self._call.plan, {**inputs, **made}):
-            raise NonFiniteError(f"{direction}: {found}")
+            result = run.by(self._call)
+        if found := run.not_finite(self._call.plan, result):
+            raise NonFiniteError(f"{run.direction}: {found}")
         return result
 
     def _settle(self, here: str, started: float) -> None:
