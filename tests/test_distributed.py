@@ -160,7 +160,7 @@ def between_hosts(worker: Worker, case: Case, per_host: int) -> tuple[int, int]:
     attention, plan, (q, k, v, *_) = build(worker, case)
     attention(q, k, v, plan=plan)
     (arrangement,) = attention._arrangements._values.values()
-    outer = attention.runtime.communicator(arrangement.levels.relay, q.device)
+    outer = attention.runtime.communicator(arrangement.ring.relay, q.device)
     one_level = elements_to(plan, per_host, case.kv_heads) * (case.head_dim + case.value_dim) * 8
     return outer.counters.bytes_sent, one_level
 

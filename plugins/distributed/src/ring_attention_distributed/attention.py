@@ -12,7 +12,7 @@ from ring_attention_distributed.calls import Arrangement, MeshCall
 from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.cost import quickest
 from ring_attention_distributed.heads import Split, degrees
-from ring_attention_distributed.levels import levels_of
+from ring_attention_distributed.levels import Levels, levels_of
 from ring_attention_distributed.mesh import Mesh, part_of, places, ring_plan
 from ring_attention_distributed.monitor import Monitor, MonitoredCall, monitor_by
 from ring_attention_distributed.steady import WAIT, SteadyCall
@@ -156,14 +156,10 @@ def arrange(
     held = split.held(mesh.place) if degree > 1 else None
     around = ring_plan(plan.plan, degree) if degree > 1 else plan.plan
     per_host, timeout = config.per_host(plan.world), config.timeout
-    levels = levels_of(around, plan.group, mesh, per_host, plan.sequences, held, timeout)
-    if levels is not None or degree == 1:
-        group = plan.group
-    else:
-        group = part_of(plan.group, mesh.ring_peers, timeout)
-    ring = (
-        levels.ring
-        if levels is not None
-        else RankPlan(around, plan.sequences, group, held=held, within=True)
+    ring: RankPlan | Levels | None = levels_of(
+        around, plan.group, mesh, per_host, plan.sequences, held, timeout
     )
-    return Arrangement(mesh, split, ring, levels, *places(plan, ring.plan, mesh))
+    if ring is None:
+        group = part_of(plan.group, mesh.ring_peers, timeout)
+        ring = RankPlan(around, plan.sequences, group, held=held, within=True)
+    return Arrangement(mesh, split, ring, *places(plan, around, mesh))

@@ -25,15 +25,14 @@ class Arrangement:
     """What a call's heads and plan make of a mesh.
 
     Attributes:
-        ring: the plan of this rank's ring, for the heads that this rank holds. levels: where that
-            ring spans several hosts.
+        ring: the plan of this rank's ring, for the heads that this rank holds; in two levels where
+            it spans several hosts.
         queries, keys: where the shards' rows stand in the ring's.
     """
 
     mesh: Mesh
     split: Split
-    ring: RankPlan
-    levels: Levels | None
+    ring: RankPlan | Levels
     queries: Places
     keys: Places
 
@@ -101,17 +100,19 @@ class MeshCall(Call):
 
     def _around(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Attention around the ring."""
-        if self.arrangement.levels is not None:
-            return self.arrangement.levels.attend(self, q, k, v)
-        return self.attend(self.arrangement.ring, q, k, v)
+        ring = self.arrangement.ring
+        if isinstance(ring, Levels):
+            return ring.attend(self, q, k, v)
+        return self.attend(ring, q, k, v)
 
     def _back(
         self, given: Given, kv_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients around the ring."""
-        if self.arrangement.levels is not None:
-            return self.arrangement.levels.differentiate(self, given, kv_dtype)
-        return self.differentiate(self.arrangement.ring, given, kv_dtype)
+        ring = self.arrangement.ring
+        if isinstance(ring, Levels):
+            return ring.differentiate(self, given, kv_dtype)
+        return self.differentiate(ring, given, kv_dtype)
 
     def chosen(self, plan: RankPlan, q: Tensor, k: Tensor, tag: int) -> Any:
         arrangement = self.arrangement

@@ -68,13 +68,14 @@ class Levels:
 
     Attributes:
         host: this rank's. met: those of whose keys some rank of this host needs any.
-        ring: the plan of all ranks of the ring. relay: between hosts. within: for the keys of each
-            host the plan of the ring within this one.
+        whole: the plan of all ranks of the ring, where tensors decide what is seen; else None.
+        relay: between hosts. within: for the keys of each host the plan of the ring within this
+            one.
     """
 
     host: int
     met: frozenset[int]
-    ring: RankPlan
+    whole: RankPlan | None
     relay: RankPlan
     within: tuple[RankPlan, ...]
 
@@ -125,7 +126,7 @@ class Levels:
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out and lse of this rank's queries."""
-        settings = call.tagged("forward", self.ring)
+        settings = call.tagged("forward", self.within[self.host])
         choice = self._choice(call, q, k, settings.tag)
         merged = Merge(q, v.shape[-1], k.shape[2])
         outer = self._outer(call, q)
@@ -150,7 +151,7 @@ class Levels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         q, k, v = given.q, given.k, given.v
-        settings = call.tagged("backward", self.ring)
+        settings = call.tagged("backward", self.within[self.host])
         choice = self._choice(call, q, k, settings.tag)
         dout, out = engine.with_column(given.dout, given.out, given.dlse)
         wide = accumulation_dtype(k.dtype)
@@ -197,7 +198,7 @@ class Levels:
         return dq.result(), dk.result(kv_dtype), dv.result(kv_dtype)
 
     def _choice(self, call: Call, q: Tensor, k: Tensor, tag: int) -> Any:
-        return call.chosen(self.ring, q, k, tag) if self.ring.plan.chooses else None
+        return None if self.whole is None else call.chosen(self.whole, q, k, tag)
 
     def _outer(self, call: Call, q: Tensor) -> Communicator:
         communicator = call.runtime.communicator(self.relay, q.device)
@@ -229,7 +230,10 @@ def levels_of(
     ring = list(mesh.ring_peers)
     inside = part_of(group, ring[host * each : (host + 1) * each], timeout)
     across = part_of(group, ring[number::each], timeout)
-    whole = part_of(group, ring, timeout) if plan.chooses and mesh.degree > 1 else group
+    whole = None
+    if plan.chooses:
+        around = part_of(group, ring, timeout)
+        whole = RankPlan(plan, sequences, around, held=held, within=True)
     queries = _of_host(plan.queries, host, each)
     within = tuple(
         RankPlan(
@@ -250,7 +254,7 @@ def levels_of(
     return Levels(
         host,
         frozenset(met),
-        RankPlan(plan, sequences, whole, held=held, within=True),
+        whole,
         RankPlan(relay, sequences, across, within=True),
         within,
     )

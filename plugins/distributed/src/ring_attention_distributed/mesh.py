@@ -176,7 +176,8 @@ _parts: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 def part_of(group: Any, members: Sequence[int], timeout: float) -> Any | None:
     """The process group of some ranks of ``group``, made at the first question; all its ranks ask
-    alike, each for a part that it is in. It goes with ``group``. None for a single rank.
+    alike, each for a part that it is in. It goes with ``group``. None for a single rank, and
+    ``group`` itself for all of its ranks.
 
     Args:
         members: ranks in the group, ascending.
@@ -186,6 +187,8 @@ def part_of(group: Any, members: Sequence[int], timeout: float) -> Any | None:
     """
     if len(members) == 1:
         return None
+    if len(members) == dist.get_world_size(group):
+        return group
     made, key = _parts.setdefault(group, {}), tuple(members)
     if key not in made:
         ranks = dist.get_process_group_ranks(group)
