@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from ring_attention_blocksparse.config import BlockSparseConfig
 from ring_attention_distributed.alike import check_alike
 from ring_attention_distributed.config import DistributedConfig
-from ring_attention_distributed.cost import CPU, GPU, Sizes, predict
-from ring_attention_distributed.heads import Split, degrees
-from ring_attention_distributed.mesh import Mesh, Places, ring_plan
+from ring_attention_distributed.heads import Split
 from ring_attention_hilbert.config import HilbertConfig
 from ring_attention_hilbert.orders import GridOrder
 
@@ -25,13 +20,11 @@ from ring_core import reference, registry
 from ring_core.errors import (
     ConfigError,
     DisagreementError,
-    InputError,
     NonFiniteError,
     UnknownVariantError,
 )
-from ring_core.plan import ForHeads, HeldHeads
+from ring_core.plan import ForHeads
 from ring_core.rounds import rounds
-from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
 from ring_core.testing.case import expected_of, run_case, visible_of
 from ring_core.testing.conformance import skip_too_large
@@ -265,161 +258,6 @@ def regrouped(worker: Worker) -> list[float]:
 def test_callers_may_destroy_groups(cpu_pool: RankPool) -> None:
     for errors in cpu_pool.run(regrouped, world=8):
         assert max(errors) < 1e-5
-
-
-# Heads
-
-
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 16))
-def test_heads_are_dealt_out_once_and_evenly(kv_heads, group, degree):
-    heads = kv_heads * group
-    if Split.refuse(heads, kv_heads, degree):
-        assert degree not in list(degrees(heads, kv_heads, degree))
-        return
-    split = Split.of(heads, kv_heads, degree)
-    assert [h for run in split.q for h in run] == list(range(heads))
-    for place in range(degree):
-        held = split.held(place)
-        each, rest = divmod(len(split.q[place]), len(held.kv))
-        assert rest == 0
-        served = [held.kv.start + n // each for n in range(len(split.q[place]))]
-        assert served == [h // group for h in split.q[place]]
-        assert held.first_query == split.q[place].start
-    if degree <= kv_heads:
-        assert max(map(len, split.kv)) - min(map(len, split.kv)) <= 1
-    else:
-        assert len({len(run) for run in split.q}) == 1
-        assert split.shares
-
-
-@given(
-    st.sampled_from(["dense", "dilated", "blocks"]),
-    st.integers(1, 4),
-    st.integers(2, 6),
-    st.data(),
-)
-def test_what_some_heads_compute_is_theirs_of_the_whole(kind, world, kv_heads, data):
-    start = data.draw(st.integers(0, kv_heads - 1))
-    held = range(start, data.draw(st.integers(start + 1, kv_heads)))
-    fields = {
-        "dense": {"causal": True},
-        "dilated": {"segment_lengths": (8, 24), "dilation_rates": (2, 5)},
-        "blocks": {
-            **BLOCKS,
-            "patterns": (*BLOCKS["patterns"][:2], {"kind": "sink", "n": 2, "heads": [1]}),
-        },
-    }[kind]
-    plan = registry.create(fields).make_plan(Sequences.build(31), world)
-    some = ForHeads.of(plan, len(held), held=HeldHeads(held, kv_heads, 0))
-    assert torch.equal(
-        computed(some, len(held)),
-        computed(ForHeads.of(plan, kv_heads), kv_heads)[held.start : held.stop],
-    )
-
-
-def computed(plan: ForHeads, kv_heads: int) -> torch.Tensor:
-    """How often each pair is computed: [kv_heads, S, S]."""
-    times = torch.zeros(kv_heads, plan.queries.length, plan.queries.length, dtype=torch.int32)
-    for rank in range(plan.world):
-        own = plan.queries.positions(rank)
-        for owner in range(plan.world):
-            theirs = plan.keys.positions(owner)
-            for tile in plan.tiles(rank, owner):
-                for phase in range(tile.heads.phases):
-                    one = tile.only(range(phase, phase + 1))
-                    seen = one.mask.visible(range(one.q.count), one.kv.count).int()
-                    queries = own[one.q.indices()].view(one.q.repeat, -1)
-                    keys = theirs[one.kv.indices()].view(one.kv.repeat, -1)
-                    mine = one.heads.indices(kv_heads)
-                    seen = seen if seen.ndim == 2 else seen[0, :, 0]
-                    for i, j in zip(queries, keys, strict=True):
-                        for n, head in enumerate(mine):
-                            mask = seen if seen.ndim == 2 else seen[n if len(seen) > 1 else 0]
-                            times[head, i[:, None], j] += mask
-    return times
-
-
-@given(
-    st.sampled_from(["contiguous", "zigzag", "striped", "auto"]),
-    st.integers(1, 50),
-    st.sampled_from([(4, 2), (4, 4), (6, 3), (8, 2)]),
-)
-def test_a_ring_holds_what_its_ranks_brought(layout, length, mesh):
-    world, degree = mesh
-    plan = registry.create("standard", causal=True, layout=layout).make_plan(
-        Sequences.build(length), world
-    )
-    ring = ring_plan(plan, degree)
-    for rank in range(world):
-        one = Mesh(world, degree, rank)
-        together = ring.queries.positions(one.ring)
-        shards = [plan.queries.positions(peer) for peer in one.peers]
-        found = Places.of(shards, together)
-        x = together.clamp_min(0)[None, :, None, None].double() + 1
-        apart = found.end_to_end(x)[0, :, 0, 0].view(degree, -1)
-        for place, positions in enumerate(shards):
-            real = positions >= 0
-            assert torch.equal(apart[place][real], positions[real].double() + 1)
-            assert not apart[place][~real].any()
-    if degree == world:
-        assert ring.queries.rows == ((range(length),),)
-
-
-# Which degree
-
-
-def test_the_predicted_degree_is_the_quickest(caplog):
-    """Few heads and long shards: rings; many heads and short shards: heads."""
-    plan = registry.create("standard", causal=True)
-    short = plan.make_plan(Sequences.build(4 * 512), 4)
-    long = plan.make_plan(Sequences.build(4 * 65536), 4)
-    sizes = Sizes(32, 8, 128, 128, 1, 2)
-
-    def best(of):
-        return min((predict(of, sizes, n, GPU, 4) for n in (1, 2, 4)), key=lambda x: x.total)
-
-    assert best(short).degree > 1
-    assert best(long).total < best(long).compute * 1.1, "long shards hide what travels"
-    apart = predict(short, sizes, 4, GPU, 2), predict(short, sizes, 4, GPU, 4)
-    assert apart[0].exchange > apart[1].exchange, "exchanges between hosts are slower"
-    uneven = predict(long, Sizes(28, 7, 128, 128, 1, 2), 4, CPU, 4)
-    even = predict(long, Sizes(28, 7, 128, 128, 1, 2), 1, CPU, 4)
-    assert uneven.compute == pytest.approx(even.compute * 8 / 7)
-
-
-def asked(worker: Worker, ulysses: Any) -> str:
-    attention = registry.create("distributed", ulysses=ulysses, group=worker.group)
-    plan = attention.plan(12)
-    q, k = torch.ones(1, 3, 6, 8), torch.ones(1, 3, 3, 8)
-    attention(q, k, k, plan=plan)
-    return "done"
-
-
-@pytest.mark.parametrize(
-    ("ulysses", "says"),
-    [(3, "does not divide the 4 ranks"), (4, "4 ranks cannot share 3 KV heads evenly")],
-)
-def test_a_degree_that_is_not_possible_is_told_on_every_rank(cpu_pool: RankPool, ulysses, says):
-    for error in cpu_pool.run(asked, ulysses, world=4, errors=True, fresh=True):
-        assert isinstance(error, InputError)
-        assert says in str(error)
-        assert "Possible here: 1, 2" in str(error)
-
-
-def logged(worker: Worker) -> list[str]:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("ring_attention_distributed")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    asked(worker, "auto")
-    logger.removeHandler(handler)
-    return records
-
-
-def test_auto_says_what_it_predicted(cpu_pool: RankPool):
-    assert any("predicted" in line for line in cpu_pool.run(logged, world=4)[0])
 
 
 def test_auto_takes_this_variant_where_a_group_spans_hosts(monkeypatch):
