@@ -129,7 +129,7 @@ def test_a_ring_holds_what_its_ranks_brought(layout, length, mesh):
 # Which degree
 
 
-def test_the_predicted_degree_is_the_quickest(caplog):
+def test_the_predicted_degree_is_the_quickest():
     """Few heads and long shards: rings; many heads and short shards: heads."""
     plan = registry.create("standard", causal=True)
     short = plan.make_plan(Sequences.build(4 * 512), 4)
