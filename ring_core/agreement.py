@@ -11,14 +11,17 @@ import hashlib
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from ring_core import errors
-from ring_core.errors import DisagreementError, RingError, RingTimeoutError
-from ring_core.groups import rank_and_world, store_of
+from ring_core.errors import DisagreementError, RankFailedError, RingError, RingTimeoutError
+from ring_core.groups import rank_and_world
+from ring_core.store import ask, store_of, turn
+
+T = TypeVar("T")
 
 _REMEMBERED = 65536
 _COMPLETE = "complete"
@@ -44,9 +47,7 @@ class Agreement:
         self._dead: str | None = None
         # Ranks add to it in lock-step, so the oldest one to go is the same everywhere.
         self._agreed: OrderedDict[str, None] = OrderedDict()
-        # A store may outlive the group, as a launcher's does; its next group reads other keys.
-        generation = self._store.add(f"ring_attention/generation/{self._rank}", 1)
-        self._prefix = f"ring_attention/{generation}"
+        self._prefix = f"ring_attention/calls/{turn(group, 'calls')}"
         self._last_check: int | None = None
 
     def next_call(self) -> int:
@@ -66,10 +67,26 @@ class Agreement:
         Raises:
             DisagreementError: some rank's differs, refused its input, or did not come within
                 ``timeout`` seconds; the same message on every rank.
+            RankFailedError: the store through which ranks compare is gone, or out of reach.
         """
         if signature.digest in self._agreed:
             self._ran += 1
             return
+        self._ask(lambda: self._compare(call, signature, timeout), timeout + _SECONDS_TO_EXPLAIN)
+        self._ran += 1
+        self._agreed[signature.digest] = None
+        if len(self._agreed) > _REMEMBERED:
+            self._agreed.popitem(last=False)
+
+    def _ask(self, question: Callable[[], T], seconds: float = 0.0) -> T:
+        """The group cannot be used any more without its store."""
+        try:
+            return ask(question, seconds)
+        except RankFailedError as error:
+            self._dead = encode(error)
+            raise
+
+    def _compare(self, call: int, signature: Signature, timeout: float) -> None:
         self._raise_if_dead(0)
         self._post(call, signature)
         keys = [self._key(call, rank) for rank in range(self._world)]
@@ -98,10 +115,6 @@ class Agreement:
         if message := _difference(posts) or _out_of_step(posts):
             self._agreed.clear()  # a rank that refused compares every call again, as all must then
             raise DisagreementError(message)
-        self._ran += 1
-        self._agreed[signature.digest] = None
-        if len(self._agreed) > _REMEMBERED:
-            self._agreed.popitem(last=False)
 
     def refuse(self, call: int, message: str) -> None:
         """Tell the ranks of ``call`` why this one will not come; does not wait.
@@ -110,7 +123,8 @@ class Agreement:
         meet a later call of this one.
         """
         self._agreed.clear()
-        self._store.set(self._key(call, self._rank), json.dumps({"refused": message}))
+        with suppress(RankFailedError):  # then nobody comes to a later call either
+            self._ask(lambda: self._set(call, {"refused": message}))
 
     def explain(self, call: int, signature: Signature, error: Exception) -> RingError | None:
         """What to raise on this rank when ``error`` came in mid-call; None: the error itself.
@@ -119,6 +133,12 @@ class Agreement:
         the call's verdict or refusal, another rank's own failure in this call, ranks that turn out
         to compute different things, or else the first timeout that any rank had.
         """
+        try:
+            return self._ask(lambda: self._explain(call, signature, error), _SECONDS_TO_EXPLAIN)
+        except RankFailedError as lost:
+            return RankFailedError(f"{error}; moreover {lost}")
+
+    def _explain(self, call: int, signature: Signature, error: Exception) -> RingError | None:
         if not isinstance(error, RingTimeoutError):
             told = RingTimeoutError(
                 f"rank {self._rank} failed in the middle of a call with {type(error).__name__}: "
@@ -135,6 +155,9 @@ class Agreement:
         """The group cannot be used after ``call``: every later one raises at once what this gives,
         the same on all ranks: ``error``, or that a rank had refused its input.
         """
+        return self._ask(lambda: self._end(call, error))
+
+    def _end(self, call: int, error: RingError) -> RingError:
         keys = {rank: self._key(call, rank) for rank in range(self._world)}
         there = {rank: key for rank, key in keys.items() if self._store.check([key])}
         posts = {rank: json.loads(self._store.get(key)) for rank, key in there.items()}
@@ -172,7 +195,10 @@ class Agreement:
         return encode(DisagreementError(message)) if message else None
 
     def _post(self, call: int, signature: Signature) -> None:
-        content = {"digest": signature.digest, "fields": signature.fields, "ran": self._ran}
+        fields = {"digest": signature.digest, "fields": signature.fields, "ran": self._ran}
+        self._set(call, fields)
+
+    def _set(self, call: int, content: Mapping[str, Any]) -> None:
         self._store.set(self._key(call, self._rank), json.dumps(content))
 
     def _decide(self, key: str, verdict: str) -> str:

@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 from ring_core.errors import CommunicatorError
-from ring_core.groups import rank_and_world, store_of
+from ring_core.groups import rank_and_world
+from ring_core.store import ask, store_of, turn
 
 _SECONDS = 60
 
@@ -20,17 +21,22 @@ def compare(
 
     Raises:
         CommunicatorError: a rank did not say anything in ``timeout`` seconds.
+        RankFailedError: the store is gone, or cannot be reached.
     """
     rank, world = rank_and_world(group)
     store = store_of(group)
-    # A store may outlive the group, as a launcher's does; its next group reads other keys.
-    turn = store.add(f"ring_attention/compare/{what}/turn/{rank}", 1)
-    keys = [f"ring_attention/compare/{what}/{turn}/{peer}" for peer in range(world)]
-    store.set(keys[rank], json.dumps(mine))
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError as error:
-        raise CommunicatorError(
-            f"rank {rank} of {world}: not every rank said its {what} within {timeout:g} s: {error}"
-        ) from error
-    return [json.loads(store.get(key)) for key in keys]
+    time = turn(group, f"compare/{what}")
+    keys = [f"ring_attention/compare/{what}/{time}/{peer}" for peer in range(world)]
+
+    def question() -> list[dict[str, Any]]:
+        store.set(keys[rank], json.dumps(mine))
+        try:
+            store.wait(keys, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise CommunicatorError(
+                f"rank {rank} of {world}: not every rank said its {what} within {timeout:g} s: "
+                f"{error}"
+            ) from error
+        return [json.loads(store.get(key)) for key in keys]
+
+    return ask(question, timeout)

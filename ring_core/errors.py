@@ -76,6 +76,10 @@ class NonFiniteError(RingError, ArithmeticError):
     """A call gave infinite numbers or NaN where they were to be checked; names ranks and places."""
 
 
+class CheckpointError(RingError):
+    """A checkpoint cannot be written, or a job cannot go on from it."""
+
+
 class DemoError(RingError):
     """The demo cannot run here, or cannot write its report."""
 

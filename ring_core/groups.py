@@ -1,4 +1,4 @@
-"""Process groups: what the caller gave, as a group, this process's rank in it, and its store."""
+"""Process groups: what the caller gave, as a group, and this process's rank in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from ring_core.errors import CommunicatorError, InputError
+from ring_core.errors import InputError
 
 
 def resolve(group: Any) -> Any | None:
@@ -44,17 +44,6 @@ def ranks_of(group: Any) -> list[int]:
     """Global ranks of the group's members; of all without one."""
     resolved = resolve(group)
     return [0] if resolved is None else dist.get_process_group_ranks(resolved)
-
-
-def store_of(group: Any) -> Any:
-    """The group's key-value store, whose keys no other group sees."""
-    store = distributed_c10d._get_process_group_store(group)
-    if store is None:
-        raise CommunicatorError(
-            f"process group {group.group_name!r} (backend {dist.get_backend(group)}) has no store, "
-            "and ranks compare their calls through it; use a gloo or NCCL group"
-        )
-    return store
 
 
 def by_name(name: str) -> Any:

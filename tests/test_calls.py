@@ -18,7 +18,7 @@ from ring_core.errors import (
     RingError,
     RingTimeoutError,
 )
-from ring_core.groups import store_of
+from ring_core.store import store_of
 from ring_core.testing import Case, RankPool, Worker
 from ring_core.testing.case import visible_of
 from ring_core.testing.tasks import build

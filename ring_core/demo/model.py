@@ -45,9 +45,8 @@ class Rotary:
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x [B, S, heads, head_dim]."""
         first, second = x.chunk(2, dim=-1)
-        return torch.cat(
-            [first * self._cos - second * self._sin, second * self._cos + first * self._sin], dim=-1
-        )
+        turned = [first * self._cos - second * self._sin, second * self._cos + first * self._sin]
+        return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 class Block(nn.Module):

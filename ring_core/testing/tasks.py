@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ring_core import registry
 from ring_core.attention import BaseRingAttention
-from ring_core.groups import store_of
 from ring_core.rank_plan import RankPlan
+from ring_core.store import store_of
 from ring_core.testing.case import Case, Result, gathered, run_case
 from ring_core.testing.pool import Worker
 

@@ -14,7 +14,11 @@ from torch.distributed import distributed_c10d
 
 from ring_core.comparing import compare
 from ring_core.errors import CommunicatorError
-from ring_core.groups import rank_and_world, store_of
+from ring_core.groups import rank_and_world
+from ring_core.store import turn
+
+_GLOO_WAITS = 5
+"""Times its timeout, for a peer that connects to it."""
 
 _lock = threading.Lock()
 
@@ -27,8 +31,11 @@ def child_group(group: Any, ranks: Sequence[int], timeout: float) -> Any:
         CommunicatorError: a rank did not come within ``timeout`` seconds, or they cannot connect.
     """
     rank, world = rank_and_world(group)
-    turns = store_of(group).add(f"ring_attention/children/{rank}", 1)
+    turns = turn(group, "children")
     compare(group, "children", {"turn": turns}, timeout)
+    backend = dist.get_backend_config(group)
+    if "nccl" not in backend:
+        timeout /= _GLOO_WAITS  # transfers here say themselves how long they wait
     joined = "_".join(map(str, ranks))
     name = hashlib.sha1(f"ring_attention {group.group_name} {turns} {joined}".encode()).hexdigest()
     try:
@@ -36,7 +43,7 @@ def child_group(group: Any, ranks: Sequence[int], timeout: float) -> Any:
             return dist.new_group(
                 list(ranks),
                 timeout=timedelta(seconds=timeout),
-                backend=dist.get_backend_config(group),
+                backend=backend,
                 use_local_synchronization=True,
             )
     except (RuntimeError, ValueError) as error:

@@ -54,6 +54,7 @@ class Endpoint:
             prometheus.Counter, "seconds", "Time computing, and waiting for data", "part"
         )
         self._bytes = made(prometheus.Counter, "bytes", "Moved between ranks", "way")
+        self._transfers = made(prometheus.Counter, "transfers", "Between ranks")
         self._retries = made(prometheus.Counter, "retries", "Attempts after a call's first")
         self._memory = made(prometheus.Gauge, "memory_bytes", "Held after the last call")
         self._slowdown = made(prometheus.Gauge, "slowdown", "Computing time over the median rank's")
@@ -76,6 +77,7 @@ class Endpoint:
         self._seconds.labels(rank, "wait").inc(record.waiting)
         self._bytes.labels(rank, "sent").inc(record.bytes_sent)
         self._bytes.labels(rank, "received").inc(record.bytes_received)
+        self._transfers.labels(rank).inc(record.transfers)
         self._retries.labels(rank).inc(record.retries)
         self._memory.labels(rank).set(record.memory_bytes)
         self._slowdown.labels(rank).set(record.slowdown)

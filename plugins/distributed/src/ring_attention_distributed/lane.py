@@ -10,7 +10,8 @@ import torch.distributed as dist
 from ring_attention_distributed.child import abort, child_group, destroy
 from ring_attention_distributed.mesh import abort_parts
 from ring_attention_distributed.verdict import Meetings
-from ring_core.groups import rank_and_world, store_of
+from ring_core.groups import rank_and_world
+from ring_core.store import store_of, turn
 
 
 class Lane:
@@ -23,11 +24,8 @@ class Lane:
 
     def __init__(self, group: Any) -> None:
         self._child: Any | None = None
-        store = store_of(group)
-        rank, world = rank_and_world(group)
-        # A store may outlive the group, as a launcher's does; its next group reads other keys.
-        turn = store.add(f"ring_attention/lane/{rank}", 1)
-        self.meetings = Meetings(store, rank, world, f"ring_attention/lane/{turn}")
+        name = f"ring_attention/lane/{turn(group, 'lane')}"
+        self.meetings = Meetings(store_of(group), *rank_and_world(group), name)
 
     def over(self, group: Any, timeout: float) -> Any:
         """The process group to use now for ``group``, made if there is none; all ranks ask alike.

@@ -24,7 +24,8 @@ from ring_attention_distributed.endpoint import endpoint_at
 from ring_core.calls import AnyCall
 from ring_core.errors import ConfigError
 from ring_core.given import Given
-from ring_core.groups import rank_and_world, store_of
+from ring_core.groups import rank_and_world
+from ring_core.store import store_of, turn
 
 logger = logging.getLogger("ring_attention_distributed")
 
@@ -145,9 +146,9 @@ class Monitor:
         self._lock = threading.Lock()
         self._sampled, self._memory = float("-inf"), 0
         self._computed, self._calls, self._compared = 0.0, 0, time.monotonic()
+        self._telling: threading.Thread | None = None
         if self._store is not None:
-            turn = self._store.add(f"ring_attention/monitor/turn/{self.rank}", 1)
-            self._prefix = f"ring_attention/monitor/{turn}"
+            self._prefix = f"ring_attention/monitor/{turn(group, 'monitor')}"
         atexit.register(_last, ref(self))
 
     def begin(self, number: int, direction: str, device: torch.device) -> Span:
@@ -177,7 +178,8 @@ class Monitor:
                 self._write(span)
             if self._log is not None and not self._log.closed:
                 self._log.flush()
-        self._compare()
+        if not wait:
+            self._compare()
 
     def close(self) -> None:
         """Close the log."""
@@ -211,19 +213,22 @@ class Monitor:
             self.endpoint.count(record, record.computing)
 
     def _compare(self) -> None:
-        """Tell the others how long this rank computes; see who takes longest."""
+        """Tell the others how long this rank computes; see who takes longest. Nobody waits for it:
+        a store may be slow, or out of reach."""
         early = time.monotonic() - self._compared < _EVERY or self._calls < _LEAST
-        if self._store is None or early:
+        if self._store is None or early or (self._telling and self._telling.is_alive()):
             return
         self._compared = time.monotonic()
         mean, self._computed, self._calls = self._computed / self._calls, 0.0, 0
+        self._telling = threading.Thread(target=self._tell, args=(self._store, mean), daemon=True)
+        self._telling.start()
+
+    def _tell(self, store: Any, mean: float) -> None:
         try:
-            self._store.set(f"{self._prefix}/{self.rank}", str(mean))
+            store.set(f"{self._prefix}/{self.rank}", str(mean))
             keys = [f"{self._prefix}/{rank}" for rank in range(self.world)]
             found = {
-                rank: float(self._store.get(key))
-                for rank, key in enumerate(keys)
-                if self._store.check([key])
+                rank: float(store.get(key)) for rank, key in enumerate(keys) if store.check([key])
             }
         except RuntimeError:
             return  # the store went down with who served it; calls say so

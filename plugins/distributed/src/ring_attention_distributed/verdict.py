@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ring_core.agreement import decode, encode
 from ring_core.errors import NonFiniteError, RankFailedError, RingError, RingTimeoutError
+from ring_core.store import ask
 
 Ending = Literal["done", "late", "raised", "nonfinite"]
 
@@ -62,16 +63,14 @@ class Meetings:
             seconds: that this rank waits for the others' reports.
 
         Raises:
-            RankFailedError: the store is gone, with the rank or launcher that served it.
+            RankFailedError: the store is gone, or cannot be reached.
         """
         self._number += 1
         try:
-            return self._meet(what, report, seconds)
-        except RuntimeError as error:
-            raise RankFailedError(
-                f"rank {self._rank} of {self._world}, {what}: the store through which ranks meet "
-                f"is gone, and with it the rank or launcher that served it: {error}"
-            ) from error
+            return ask(lambda: self._meet(what, report, seconds), seconds)
+        except RankFailedError as error:
+            here = f"rank {self._rank} of {self._world}, {what}: {error}"
+            raise RankFailedError("; ".join(filter(None, (here, report.text)))) from error
 
     def _meet(self, what: str, report: Report, seconds: float) -> Verdict:
         store, key = self._store, f"{self._name}/{self._number}"
