@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ class Settings:
 
     Attributes:
         ring: ranks that share a sequence. sequences: in each step, over all rings.
-        timeout: seconds that a call of attention may wait for other ranks.
+        timeout: seconds that ranks may wait for each other.
         text: to train on; None: the help that comes with Python.
         checkpoints: their folder; None: none are written. every: steps between them.
         history: a file that gets a line of JSON for each step.
@@ -38,7 +39,7 @@ class Settings:
     width: int = 128
     layers: int = 2
     heads: int = 4
-    timeout: float = 60.0
+    timeout: float = 120.0
     text: Path | None = None
     checkpoints: Path | None = None
     every: int = 5
@@ -98,7 +99,10 @@ def run(train: Callable[[Settings, torch.device], Iterator[Step]], description: 
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=settings.timeout),
+    )
     first = dist.get_rank() == 0
     started = time.perf_counter()
     for step in train(settings, device):
@@ -108,5 +112,5 @@ def run(train: Callable[[Settings, torch.device], Iterator[Step]], description: 
         print(f"step {step.step}: loss {step.loss:.4f}, {seconds:.1f} s", flush=True)
         if settings.history is not None:
             with settings.history.open("a") as history:
-                history.write(json.dumps(asdict(step)) + "\n")
+                history.write(json.dumps({**asdict(step), "time": time.time()}) + "\n")
     dist.destroy_process_group()
