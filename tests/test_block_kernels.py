@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from ring_attention_blocksparse.kernels.cpu_blocks import CpuBlocks
+from ring_attention_blocksparse.kernels.padded import Masks
+from ring_attention_blocksparse.limits import Band, Packed
 from ring_attention_standard.kernels.eager import Eager
 
 from ring_core import registry
@@ -85,6 +87,7 @@ CASES = {
         150,
     ),
     "documents": (blocks(LOCAL, block_q=128, block_kv=128), 150, (0, 20, 97, 150)),
+    "grid": (blocks({"kind": "neighborhood", "grid": (3, 4, 5), "radius": (1, 0, 2)}), 60),
 }
 
 
@@ -135,7 +138,37 @@ TILED = {
     "batch rows that differ": (tiled({"kind": "topk", "blocks": 3}, causal=True), 1000),
     "documents": (tiled(LONG), 1300, (0, 20, 700, 1300)),
     "rows that see nothing": (tiled({"kind": "sink", "n": 9}, LOCAL), 900, (0, 300, 700)),
+    "sink": (tiled({"kind": "sink", "n": 200}, causal=True), 900, (0, 300, 700)),
+    "grid": (tiled({"kind": "neighborhood", "grid": (30, 40), "radius": (9, 3)}), 1200),
+    "video": (
+        tiled({"kind": "window_blocks", "grid": (5, 9, 20), "shape": (2, 4, 7), "shift": 1}),
+        900,
+    ),
+    "grid, documents": (
+        tiled({"kind": "neighborhood", "grid": (30, 40), "radius": 5}, causal=True),
+        1200,
+        (0, 500, 1200),
+    ),
 }
+BANDS = {"window", "causal", "batch rows that differ"}
+BITS = {"few long lists", "long lists, heads that differ", "rows that see nothing"}
+
+
+def shown_in(shown, x, y, b, h):
+    """What tile x of queries sees of tile y of keys, as flash-attn-4's masks say it."""
+    rows, keys = (128 * n + torch.arange(128) for n in (x, y))
+    if isinstance(shown, Band):
+        apart = keys - rows[:, None]
+        return (shown.low <= apart) & (apart <= shown.high)
+    if isinstance(shown, Packed):
+        at, low, high = (
+            side[part].long() for side, part in zip(shown[:3], (keys, rows, rows), strict=True)
+        )
+        fields = (at - low[:, None]) & (high[:, None] - at) & 0xFFFFFFFF
+        return fields & (guards := shown.guards & 0xFFFFFFFF) == guards
+    first = shown.slots[b, h, x, y % shown.slots.shape[-1]]
+    words = shown.bits[first : first + 512].view(128, 4)
+    return (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)
 
 
 def shown_by(padded, side, mine, theirs, b, h):
@@ -154,8 +187,7 @@ def shown_by(padded, side, mine, theirs, b, h):
                 if listed is padded.full:
                     found[line, other] = True
                     continue
-                words = padded.bits[padded.slots[b, h, x, y % padded.slots.shape[-1]]]
-                shown = (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)
+                shown = shown_in(padded.shown, x, y, b, h)
                 found[line, other] = shown if side == 0 else shown.T
     return found.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -174,12 +206,16 @@ def test_lists_for_flash_attn_4_say_the_same(case):
         assert len(parts) == (2 if "long lists" in case else 1)
         for part, copies in parts:
             padded = part.padded[side]
+            kind = Band if case in BANDS else Masks if case in BITS else Packed
+            assert isinstance(padded.shown, kind)
             size = padded.partial.numel() + padded.full.numel()
             assert size <= 8 * len(part.by_query.other) + 16 * padded.partial_count.numel()
             mine = padded.partial_count.shape[-1]
             theirs = -(-sizes[1 - side] // 128)
             for b, h in np.ndindex(right.shape[:2]):
                 shown = shown_by(padded, side, mine, theirs, b, h)[:, : sizes[1 - side]]
+                if kind is Band:  # what is behind the end is left to the package
+                    shown[sizes[side] :] = False
                 if copies is None:
                     found[b, h] |= shown[: sizes[side]]
                     assert not shown[sizes[side] :].any()
@@ -247,13 +283,13 @@ def compile_for_a_gpu():
         "lse": "*fp32",
         "delta": "*fp32",
         "lists": ("*i32",) * 5,
-        "bits": "*i32",
+        "masks": (*["*i32"] * 4, "i32"),
         "q_pieces": ("*i64",) * 2,
         "kv_pieces": ("*i64",) * 2,
         "layers": ("i32",) * 2,
         "scale": "fp32",
     }
-    for size in (128, 256):
+    for size, limited in ((128, False), (128, True), (256, False)):
         shapes = shapes_for(torch.bfloat16, size, large=True)
         for program, shape in (
             (programs.forward, shapes.forward),
@@ -261,7 +297,7 @@ def compile_for_a_gpu():
             (programs.key_gradients, shapes.keys),
         ):
             constants = dict.fromkeys(("D", "DV", "PD", "PDV"), size)
-            constants |= {"LARGEST_Q": 128, "LARGEST_KV": 128, "WORDS": 4}
+            constants |= {"LARGEST_Q": 128, "LARGEST_KV": 128, "WORDS": 4, "LIMITED": limited}
             constants |= {"BM": shape.rows_q, "BN": shape.rows_kv}
             signature, known, attributes = {}, {}, {}
             for i, name in enumerate(program.arg_names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ring_attention_blocksparse.limits import Axis
     from ring_attention_blocksparse.scene import Blocks, Reach, Scene
     from ring_core.order import Order
 
@@ -73,6 +75,18 @@ class GridPattern(Pattern):
             low, high = self.seen(axis, *[self._along(axis, i)] * 2)
             there = self._along(axis, j)
             found = found & (low <= there) & (there <= high)
+        return found
+
+    def limits(self, scene: Scene, i: Tensor, j: Tensor) -> Sequence[Axis] | None:
+        from ring_attention_blocksparse.limits import Axis
+
+        if scene.prefix:
+            return None  # tokens that are in no cell
+        assert self.grid is not None
+        found = []
+        for axis, size in enumerate(self.grid):
+            here, there = (self._along(axis, x) for x in (i, j))
+            found.append(Axis(there, *self.seen(axis, here, here), size))
         return found
 
     def reach(self, scene: Scene, q: Blocks, head: int) -> Reach:

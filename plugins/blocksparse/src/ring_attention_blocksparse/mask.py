@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from ring_attention_blocksparse.limits import Limits
 from ring_attention_blocksparse.pairs import admitted, visible_block, visible_count
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
@@ -147,8 +148,9 @@ class Filled(Mask):
         which, other, number = which[order], other[order], number[order]
         again = torch.zeros_like(key, dtype=torch.bool)
         again[1:] = key[1:] == key[:-1]
+        which = which.masked_fill(again, nowhere)
         return Tables.of_pairs(
-            q, kv, static.bits, batch, heads, which.masked_fill(again, nowhere), other, number
+            q, kv, static.bits, batch, heads, which, other, number, static.limits
         )
 
     def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
@@ -208,6 +210,7 @@ class _Static:
     pairs: tuple[Pairs, ...]
     bits: Tensor
     edges: Pairs
+    limits: Limits
 
     def number(self, x: Tensor, y: Tensor) -> Tensor:
         """The mask's number for pairs of pieces of which a pattern shows all: :data:`FULL`, or less
@@ -238,7 +241,7 @@ def _static(mask: BlockMask, device: torch.device) -> _Static:
         edges = pairs_of(scene, [_Edges()], 0, q, kv, bits)
     masks, which = bits.result()
     *found, edges = (_renumbered(pairs, which) for pairs in (*found, edges))
-    return _Static(scene, q, kv, tuple(found), masks, edges)
+    return _Static(scene, q, kv, tuple(found), masks, edges, Limits(scene, patterns, q, kv))
 
 
 def _renumbered(pairs: Pairs, which: Tensor) -> Pairs:
@@ -255,7 +258,9 @@ def _tables(mask: BlockMask, device: torch.device) -> Tables:
         q, found = static.q, static.pairs
         which = torch.cat([n * len(q) + pairs.q for n, pairs in enumerate(found)])
         other, number = (torch.cat([getattr(p, x) for p in found]) for x in ("kv", "mask"))
-        return Tables.of_pairs(q, static.kv, static.bits, 1, len(found), which, other, number)
+        return Tables.of_pairs(
+            q, static.kv, static.bits, 1, len(found), which, other, number, static.limits
+        )
 
 
 def _pieces_of(blocks: Tensor, kv: Pieces) -> Tensor:

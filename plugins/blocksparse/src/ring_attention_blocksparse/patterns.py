@@ -6,6 +6,7 @@ Importing this module imports no torch: it describes configs, too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ring_attention_blocksparse.limits import Axis
     from ring_attention_blocksparse.scene import Blocks, Reach, Scene
 
 
@@ -84,6 +86,15 @@ class Pattern(BaseModel):
         """
         return None
 
+    def limits(self, scene: Scene, i: Tensor, j: Tensor) -> Sequence[Axis] | None:
+        """What queries i see of keys j as limits along some axes, which kernels look up faster than
+        a bit for each pair; None: it is nothing of the kind.
+
+        Args:
+            i, j: tokens, int64 [n] and [m]. An axis whose ``at`` is j itself is that of the tokens.
+        """
+        return None
+
     def check(self, scene: Scene) -> str | None:
         """What is wrong with this pattern for a sequence, or None."""
         return None
@@ -114,6 +125,11 @@ class Local(Pattern):
 
     def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
         return (j - i >= -self.left) & (j - i <= self.right)
+
+    def limits(self, scene: Scene, i: Tensor, j: Tensor) -> Sequence[Axis]:
+        from ring_attention_blocksparse.limits import Axis
+
+        return [Axis(j, i - self.left, i + self.right, scene.length)]
 
 
 class Strided(Pattern):
@@ -168,6 +184,12 @@ class Sink(Pattern):
     def sees(self, scene: Scene, i: Tensor, j: Tensor) -> Tensor:
         start, _ = scene.document(i)
         return (start <= j) & (j < start + self.n)
+
+    def limits(self, scene: Scene, i: Tensor, j: Tensor) -> Sequence[Axis]:
+        from ring_attention_blocksparse.limits import Axis
+
+        start, _ = scene.document(i)
+        return [Axis(j, start, start + self.n - 1, scene.length)]
 
 
 class GlobalTokens(Pattern):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ring_attention_blocksparse.limits import Limits
 from ring_attention_blocksparse.pairs import PAIRS, Span, admitted, candidates, seen
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
@@ -150,6 +151,7 @@ class Tables:
         by_query: for each piece of queries those of keys. by_key: the other way.
         bits: int32 [masks, q.largest, ceil(kv.largest / 32)]: bit y % 32 of word y // 32 says
             whether row x of a piece of queries sees row y of one of keys.
+        limits: the same said another way, where that can be.
     """
 
     q: Pieces
@@ -159,6 +161,7 @@ class Tables:
     by_query: Lists
     by_key: Lists
     bits: Tensor
+    limits: Limits
 
     @staticmethod
     def of_pairs(
@@ -170,6 +173,7 @@ class Tables:
         which: Tensor,
         other: Tensor,
         mask: Tensor,
+        limits: Limits,
     ) -> Tables:
         """From pairs, sorted by list and piece.
 
@@ -187,6 +191,7 @@ class Tables:
             Lists.of(lists * len(q), which, kv, other, mask),
             Lists.of(lists * len(kv), back, q, which % size, mask),
             bits,
+            limits,
         )
 
     @cached_property

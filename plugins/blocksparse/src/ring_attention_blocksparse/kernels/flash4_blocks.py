@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from ring_attention_standard.kernels import flash4
 from torch import Tensor
 
-from ring_attention_blocksparse.kernels.padded import TILE, Padded
+from ring_attention_blocksparse.kernels.padded import TILE, Masks, Padded
 from ring_attention_blocksparse.kernels.parts import Copies
 from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
+from ring_attention_blocksparse.limits import Band, Packed
 from ring_attention_blocksparse.mask import of
 from ring_attention_blocksparse.tables import Tables
 from ring_core.dropout import Dropout
@@ -114,7 +116,6 @@ def _sparse(lists: Padded, q: Tensor, k: Tensor) -> dict[str, Any]:
     def spread(x: Tensor) -> Tensor:
         return x.repeat_interleave(group, 1) if x.shape[1] > 1 else x
 
-    slots = spread(lists.slots).expand(q.shape[0], q.shape[2], -1, -1)
     return {
         "block_sparse_tensors": _lists()(
             spread(lists.partial_count),
@@ -123,9 +124,28 @@ def _sparse(lists: Padded, q: Tensor, k: Tensor) -> dict[str, Any]:
             spread(lists.full),
             block_size=(TILE, TILE),
         ),
-        "mask_mod": _mask(),
-        "aux_tensors": [slots, lists.bits.view(-1)],
+        **_shown(lists.shown, lambda x: spread(x).expand(*q.shape[:3:2], -1, -1)),
     }
+
+
+def _shown(shown: Band | Packed | Masks, spread: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What a masked pair of tiles shows, as the package asks for it.
+
+    Args:
+        spread: to every batch row and head of queries.
+    """
+    masks, number = _modules()
+    if isinstance(shown, Band):
+        numbers = (number(-shown.low), number(shown.high - shown.low))
+        return {"mask_mod": masks.in_band, "aux_scalars": numbers}
+    if isinstance(shown, Packed):
+        tensors = [shown.at, shown.low, shown.high]
+        return {
+            "mask_mod": masks.within,
+            "aux_tensors": tensors,
+            "aux_scalars": (number(shown.guards),),
+        }
+    return {"mask_mod": masks.by_bit, "aux_tensors": [spread(shown.slots), shown.bits]}
 
 
 @cache
@@ -134,7 +154,8 @@ def _lists() -> Any:
 
 
 @cache
-def _mask() -> Any:
-    from ring_attention_blocksparse.kernels.flash4_mask import shown
+def _modules() -> tuple[Any, Any]:
+    """The masks, and the package's type of whole numbers."""
+    from ring_attention_blocksparse.kernels import flash4_mask
 
-    return shown
+    return flash4_mask, import_module("cutlass").Int32

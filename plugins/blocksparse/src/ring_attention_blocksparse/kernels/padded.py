@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ring_attention_blocksparse.limits import Band, Packed
 from ring_attention_blocksparse.scene import ragged
 from ring_attention_blocksparse.tables import FULL, Pieces, Tables, packed
 
@@ -16,23 +17,34 @@ _SLOTS = 256
 """Slots for each pair that has a mask, at most."""
 
 
+class Masks(NamedTuple):
+    """A bit for each pair of rows.
+
+    Attributes:
+        slots: int32 [B, H, query tiles, 2**n]: entry y % 2**n of tile x is the first word of the
+            mask of tiles x and y of queries and keys.
+        bits: int32 [masks * 128 * 4], as :class:`~ring_attention_blocksparse.tables.Tables` has
+            them.
+    """
+
+    slots: Tensor
+    bits: Tensor
+
+
 class Padded(NamedTuple):
     """What the tiles of one side meet on the other; B and H are 1 where all are alike.
 
     Attributes:
         partial, full: int32 [B, H, tiles, most], the others that need a mask and those that do not,
             ascending. partial_count, full_count: int32 [B, H, tiles].
-        slots: int32 [B, H, query tiles, 2**n]: entry y % 2**n of tile x is the number of the mask
-            of tiles x and y of queries and keys.
-        bits: int32 [masks, 128, 4], as :class:`~ring_attention_blocksparse.tables.Tables` has them.
+        shown: what a masked pair of tiles shows.
     """
 
     partial: Tensor
     partial_count: Tensor
     full: Tensor
     full_count: Tensor
-    slots: Tensor
-    bits: Tensor
+    shown: Band | Packed | Masks
 
 
 def is_tiled(pieces: Pieces) -> bool:
@@ -45,22 +57,21 @@ def is_tiled(pieces: Pieces) -> bool:
 
 def padded(tables: Tables, side: int) -> Padded | None:
     """The lists of tiles of queries (side 0) or of keys (1), each side of which :func:`is_tiled`;
-    None where slots would take too much memory."""
+    None where masks would take too much memory."""
     q, kv, lists = tables.q, tables.kv, tables.by_query
     which, _ = ragged(lists.start.diff().long())
     layer, x = which // len(q), which % len(q)
     y, number = (z[: len(which)].long() for z in (lists.other, lists.mask))
     # Full pairs get a mask, too, where one of the two is smaller than a tile.
     edge = 2 * (q.size[x] < TILE) + (kv.size[y] < TILE).long()
-    sizes = [(int(m), int(n)) for m in (TILE, q.size.min()) for n in (TILE, kv.size.min())]
-    place = torch.arange(TILE, device=q.row.device)
-    whole = torch.stack([(place < m)[:, None] & (place < n) for m, n in sizes])
-    bits = torch.cat([tables.bits.view(-1, TILE, TILE // 32), packed(whole)])
     number = torch.where((number == FULL) & (edge > 0), len(tables.bits) + edge, number)
     masked, layers = number != FULL, tables.batch * tables.heads
-    slots = _slots((layer * len(q) + x)[masked], y[masked], number[masked], layers * len(q))
-    if slots is None:
-        return None
+    shown: Band | Packed | Masks | None = tables.limits.band or tables.limits.packed
+    if shown is None:
+        line = (layer * len(q) + x)[masked]
+        shown = _masks(tables, line, y[masked], number[masked], layers)
+        if shown is None:
+            return None
     mine, theirs, tiles = ((x, y, len(q)), (y, x, len(kv)))[side]
     line, shape = layer * tiles + mine, (tables.batch, tables.heads, tiles)
     partial, partial_count = _array(line[masked], theirs[masked], layers * tiles)
@@ -70,9 +81,22 @@ def padded(tables: Tables, side: int) -> Padded | None:
         partial_count.view(shape),
         full.view(*shape, -1),
         full_count.view(shape),
-        slots.view(tables.batch, tables.heads, len(q), -1),
-        bits,
+        shown,
     )
+
+
+def _masks(tables: Tables, line: Tensor, y: Tensor, number: Tensor, layers: int) -> Masks | None:
+    """Of pairs of lines and tiles of keys the masks of these numbers, behind which those stand that
+    show all there is."""
+    q, kv = tables.q, tables.kv
+    slots = _slots(line, y, number * TILE * TILE // 32, layers * len(q))
+    if slots is None:
+        return None
+    sizes = [(int(m), int(n)) for m in (TILE, q.size.min()) for n in (TILE, kv.size.min())]
+    place = torch.arange(TILE, device=q.row.device)
+    whole = torch.stack([(place < m)[:, None] & (place < n) for m, n in sizes])
+    bits = torch.cat([tables.bits.view(-1, TILE, TILE // 32), packed(whole)])
+    return Masks(slots.view(tables.batch, tables.heads, len(q), -1), bits.view(-1))
 
 
 def _array(line: Tensor, other: Tensor, lines: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +111,7 @@ def _array(line: Tensor, other: Tensor, lines: int) -> tuple[Tensor, Tensor]:
 
 
 def _slots(x: Tensor, y: Tensor, number: Tensor, lines: int) -> Tensor | None:
-    """Numbers of pairs (x, y), where no two of a line x share a slot."""
+    """Numbers for pairs (x, y), where no two of a line x share a slot."""
     size = 1
     while len(torch.unique(x * size + y % size)) < len(x):
         size *= 2

@@ -132,4 +132,5 @@ def _tables(
     sides = [(pieces, line), (like.kv, other)] if side == 0 else [(like.q, other), (pieces, line)]
     (q, x), (kv, y) = sides
     which = layer * len(q) + x
-    return Tables.of_pairs(q, kv, like.bits, like.batch, like.heads, which, y, mask)
+    limits = replace(like.limits, q=q, kv=kv)
+    return Tables.of_pairs(q, kv, like.bits, like.batch, like.heads, which, y, mask, limits)

@@ -1,7 +1,8 @@
 """Triton programs of block-sparse attention (FlashAttention-2, arXiv 2307.08691, over lists).
 
-One program for a part of a piece of rows and a head: it goes through the piece's list. One
-compilation serves every pattern: what a pair of pieces sees is data, a mask of one bit a pair.
+One program for a part of a piece of rows and a head: it goes through the piece's list. What a pair
+of pieces sees is data: limits of coordinates where LIMITED, else a mask of one bit a pair of rows.
+Two compilations serve every pattern.
 
 Sizes: BM rows of queries, BN rows of keys at a time; D and DV head sizes, PD and PDV the next
 powers of two. Scores are kept in base 2. MASKED says which of a list's two parts is gone through:
@@ -30,7 +31,7 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     out_strides,
     lse_strides,
     lists,
-    bits,
+    masks,
     q_pieces,
     kv_pieces,
     pieces,
@@ -45,6 +46,7 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     LARGEST_Q: tl.constexpr,
     LARGEST_KV: tl.constexpr,
     WORDS: tl.constexpr,
+    LIMITED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -58,16 +60,21 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     summed = tl.zeros([BM, PDV], tl.float32)
+    mine = x, x
+    if LIMITED:
+        mine = tl.load(masks[2] + rows, inside, other=0), tl.load(masks[3] + rows, inside, other=0)
     start, plain, stop = _list(lists, layers, b, h // group, pieces, piece)
     if LARGEST_KV % BN != 0:
         plain = stop  # what is behind the end of a piece must be masked
     largest, total, summed = _meet(
-        largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, True,
+        largest, total, summed, queries, k, v, k_strides, v_strides, lists, masks, kv_pieces,
+        x, mine, start, plain, scale,
+        D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, LIMITED, BM, BN, True,
     )  # fmt: skip
     largest, total, summed = _meet(
-        largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, False,
+        largest, total, summed, queries, k, v, k_strides, v_strides, lists, masks, kv_pieces,
+        x, mine, plain, stop, scale,
+        D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, LIMITED, BM, BN, False,
     )  # fmt: skip
     seen = total > 0
     summed = summed / tl.where(seen, total, 1.0)[:, None]
@@ -79,11 +86,11 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _meet(  # type: ignore[no-untyped-def]
-    largest, total, summed, queries, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-    x, begin, end, scale,
+    largest, total, summed, queries, k, v, k_strides, v_strides, lists, masks, kv_pieces,
+    x, mine, begin, end, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    LIMITED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Go on with pairs ``begin`` to ``end`` of a list: FlashAttention-2's online softmax."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
@@ -93,7 +100,11 @@ def _meet(  # type: ignore[no-untyped-def]
         keys = _tile(k, k_strides, row, there, BN, D, PD, MASKED)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         if MASKED:
-            shown = _shown(lists, bits, pair, x, y, LARGEST_Q, WORDS, BM, BN, False)
+            if LIMITED:
+                at = _line(masks[1], 1, row, there, BN, True, 0)
+                shown = _within(at[None, :], mine[0][:, None], mine[1][:, None], masks)
+            else:
+                shown = _shown(lists, masks, pair, x, y, LARGEST_Q, WORDS, BM, BN, False)
             scores = tl.where(shown & there[None, :], scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         # exp2(-inf - -inf) is NaN; against 0 it is the 0 that a row weighs which saw nothing yet.
@@ -140,7 +151,7 @@ def query_gradients(  # type: ignore[no-untyped-def]
     delta_strides,
     dq_strides,
     lists,
-    bits,
+    masks,
     q_pieces,
     kv_pieces,
     pieces,
@@ -155,6 +166,7 @@ def query_gradients(  # type: ignore[no-untyped-def]
     LARGEST_Q: tl.constexpr,
     LARGEST_KV: tl.constexpr,
     WORDS: tl.constexpr,
+    LIMITED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -170,27 +182,32 @@ def query_gradients(  # type: ignore[no-untyped-def]
     k += b * k_strides[0] + h // group * k_strides[2]
     v += b * v_strides[0] + h // group * v_strides[2]
     summed = tl.zeros([BM, PD], tl.float32)
+    mine = x, x
+    if LIMITED:
+        mine = tl.load(masks[2] + rows, inside, other=0), tl.load(masks[3] + rows, inside, other=0)
     start, plain, stop = _list(lists, layers, b, h // group, pieces, piece)
     if LARGEST_KV % BN != 0:
         plain = stop  # exp(0 - lse) of what is behind a piece's end may be inf, and times 0 NaN
     summed = _query_gradients(
-        summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, start, plain, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, True,
+        summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, masks, kv_pieces,
+        x, mine, start, plain, scale,
+        D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, LIMITED, BM, BN, True,
     )  # fmt: skip
     summed = _query_gradients(
-        summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-        x, plain, stop, scale, D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, False,
+        summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, masks, kv_pieces,
+        x, mine, plain, stop, scale,
+        D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, LIMITED, BM, BN, False,
     )  # fmt: skip
     _store(dq, dq_strides, b, h, rows, inside, summed * scale, D, PD)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _query_gradients(  # type: ignore[no-untyped-def]
-    summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, bits, kv_pieces,
-    x, begin, end, scale,
+    summed, queries, d_out, sums, less, k, v, k_strides, v_strides, lists, masks, kv_pieces,
+    x, mine, begin, end, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    LIMITED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what pairs ``begin`` to ``end`` of a list give."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
@@ -202,7 +219,11 @@ def _query_gradients(  # type: ignore[no-untyped-def]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(scores - sums[:, None])
         if MASKED:
-            shown = _shown(lists, bits, pair, x, y, LARGEST_Q, WORDS, BM, BN, False)
+            if LIMITED:
+                at = _line(masks[1], 1, row, there, BN, True, 0)
+                shown = _within(at[None, :], mine[0][:, None], mine[1][:, None], masks)
+            else:
+                shown = _shown(lists, masks, pair, x, y, LARGEST_Q, WORDS, BM, BN, False)
             weights = tl.where(shown & there[None, :], weights, 0.0)
         d_weights = tl.dot(d_out, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights - less[:, None])
@@ -229,7 +250,7 @@ def key_gradients(  # type: ignore[no-untyped-def]
     dk_strides,
     dv_strides,
     lists,
-    bits,
+    masks,
     q_pieces,
     kv_pieces,
     pieces,
@@ -244,6 +265,7 @@ def key_gradients(  # type: ignore[no-untyped-def]
     LARGEST_Q: tl.constexpr,
     LARGEST_KV: tl.constexpr,
     WORDS: tl.constexpr,
+    LIMITED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -255,6 +277,9 @@ def key_gradients(  # type: ignore[no-untyped-def]
     values = _load(v, v_strides, b, h, rows, there, DV, PDV)
     d_keys = tl.zeros([BN, PD], tl.float32)
     d_values = tl.zeros([BN, PDV], tl.float32)
+    mine = y
+    if LIMITED:
+        mine = tl.load(masks[1] + rows, there, other=0)
     start, plain, stop = _list(lists, layers, b, h, pieces, piece)
     if LARGEST_Q % BM != 0:
         plain = stop
@@ -262,13 +287,15 @@ def key_gradients(  # type: ignore[no-untyped-def]
         head = h * group + member
         d_keys, d_values = _key_gradients(
             d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
-            lse_strides, delta_strides, lists, bits, q_pieces, b, head, y, start, plain, scale,
-            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, True,
+            lse_strides, delta_strides, lists, masks, q_pieces, b, head, y, mine,
+            start, plain, scale,
+            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, LIMITED, BM, BN, True,
         )  # fmt: skip
         d_keys, d_values = _key_gradients(
             d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
-            lse_strides, delta_strides, lists, bits, q_pieces, b, head, y, plain, stop, scale,
-            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, BM, BN, False,
+            lse_strides, delta_strides, lists, masks, q_pieces, b, head, y, mine,
+            plain, stop, scale,
+            D, DV, PD, PDV, LARGEST_Q, LARGEST_KV, WORDS, LIMITED, BM, BN, False,
         )  # fmt: skip
     _store(dk, dk_strides, b, h, rows, there, d_keys * scale, D, PD)
     _store(dv, dv_strides, b, h, rows, there, d_values, DV, PDV)
@@ -277,10 +304,10 @@ def key_gradients(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _key_gradients(  # type: ignore[no-untyped-def]
     d_keys, d_values, keys, values, dout, q, lse, delta, dout_strides, q_strides,
-    lse_strides, delta_strides, lists, bits, q_pieces, b, h, y, begin, end, scale,
+    lse_strides, delta_strides, lists, masks, q_pieces, b, h, y, mine, begin, end, scale,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     LARGEST_Q: tl.constexpr, LARGEST_KV: tl.constexpr, WORDS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    LIMITED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what pairs ``begin`` to ``end`` of a list give. Queries behind a piece's end weigh 0."""
     PARTS: tl.constexpr = (LARGEST_Q + BM - 1) // BM
@@ -296,7 +323,12 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(scores - sums[None, :])
         if MASKED:
-            shown = _shown(lists, bits, pair, x, y, LARGEST_Q, WORDS, BM, BN, True)
+            if LIMITED:
+                low = _line(masks[2], 1, row, inside, BM, True, 0)
+                high = _line(masks[3], 1, row, inside, BM, True, 0)
+                shown = _within(mine[:, None], low[None, :], high[None, :], masks)
+            else:
+                shown = _shown(lists, masks, pair, x, y, LARGEST_Q, WORDS, BM, BN, True)
             weights = tl.where(shown, weights, 0.0)
         d_out = _tile(dout, dout_strides, row, inside, BM, DV, PDV, MASKED)
         d_values = tl.dot(weights.to(d_out.dtype), d_out, d_values, input_precision="ieee")
@@ -336,9 +368,16 @@ def _list(lists, layers, b, h, pieces, piece):  # type: ignore[no-untyped-def]
     return tl.load(lists[0] + which), tl.load(lists[1] + which), tl.load(lists[0] + which + 1)
 
 
+@triton.jit
+def _within(at, low, high, masks):  # type: ignore[no-untyped-def]
+    """Whether keys at some coordinates are within limits of queries, whichever of the two come
+    first; see :class:`ring_attention_blocksparse.limits.Packed`."""
+    return (at - low) & (high - at) & masks[4] == masks[4]
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _shown(  # type: ignore[no-untyped-def]
-    lists, bits, pair, x, y,
+    lists, masks, pair, x, y,
     LARGEST_Q: tl.constexpr, WORDS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -347,7 +386,7 @@ def _shown(  # type: ignore[no-untyped-def]
     y are BN rows from a multiple of BN on. A word is read once for all keys that it speaks of.
     """
     number = tl.load(lists[3] + pair)
-    bits += number.to(tl.int64) * (LARGEST_Q * WORDS)
+    bits = masks[0] + number.to(tl.int64) * (LARGEST_Q * WORDS)
     WIDE: tl.constexpr = BN if BN < 32 else 32
     words = tl.min(y, 0) // 32 + tl.arange(0, BN // WIDE)
     rows, masked = x < LARGEST_Q, (words < WORDS) & (number >= 0)

@@ -266,6 +266,7 @@ class _Sizes:
             "LARGEST_Q": largest_q,
             "LARGEST_KV": largest_kv,
             "WORDS": -(-largest_kv // 32),
+            "LIMITED": tables.limits.packed is not None,
             "BM": self.rows_q,
             "BN": self.rows_kv,
         }
@@ -287,8 +288,9 @@ class _AllSizes(NamedTuple):
 
 def _tables(tables: Tables, lists: Lists) -> tuple[Any, ...]:
     bits = tables.bits if len(tables.bits) else tables.bits.new_zeros(1)
+    masks = bits, *(tables.limits.packed or (bits, bits, bits, 0))
     pieces = ((x.row, x.size) for x in (tables.q, tables.kv))
-    return (lists.start, lists.plain, lists.other, lists.mask, lists.row), bits, *pieces
+    return (lists.start, lists.plain, lists.other, lists.mask, lists.row), masks, *pieces
 
 
 def _layers(tables: Tables) -> tuple[int, int]:
