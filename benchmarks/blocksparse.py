@@ -220,7 +220,7 @@ class _Case:
         block = place // scene.block_q
         found = candidates(scene, patterns, scene.blocks(torch.tensor([block])), head)
         blocks, whole = found.block, found.whole
-        choice = self.attention._latest[3]
+        *_, choice = self.attention._latest
         if choice is not None:
             index = int((choice.index == block).nonzero())
             more = [choice.blocks[p][0, head, index] for p in patterns if p.chosen]

@@ -74,11 +74,19 @@ def test_limits_show_what_masks_do(name, world, layout, order, border):
         if tables.q.total < nq or tables.kv.total < nk:
             continue  # rows in no piece have no limits
         assert torch.equal(found[:nq, :nk], right)
-        assert not found[nq:].any()
-        assert not found[:, nk:].any()
+        packed = tables.limits.packed
+        if packed.reach is not None:
+            assert torch.equal(packed.low[:nq] + packed.reach, packed.high[:nq])
         if band := tables.limits.band:
             apart = torch.arange(nk) - torch.arange(nq)[:, None]
             assert torch.equal((band.low <= apart) & (apart <= band.high), right)
+
+
+def test_reaches_are_found():
+    """Borders cut no reach short: there are no keys behind them."""
+    for name in ("neighbourhood", "windows of cells", "window"):
+        for tile in tiles({**FIELDS[name], "order": "hilbert"}, 2, [0, LENGTH]):
+            assert tile.mask.tables(torch.device("cpu")).limits.packed.reach is not None
 
 
 def test_bands_are_found():
@@ -99,10 +107,11 @@ def test_what_has_no_limits(name):
 
 def test_coordinates_that_do_not_fit():
     """More than 32 bits: kernels look at bits of pairs instead."""
-    pattern = {"kind": "neighborhood", "grid": (2,) * 12, "radius": 0}
-    attention = registry.create("blocksparse", patterns=[pattern], block_q=128, block_kv=128)
+    pattern = {"kind": "neighborhood", "grid": (2,) * 12, "radius": 1}
+    fields = {"patterns": [pattern], "causal": True, "block_q": 128, "block_kv": 128}
+    attention = registry.create("blocksparse", **fields)
     program = Program.build(attention.plan(2**12).plan, 0, CpuBlocks(), kv_heads=1)
     tables = program.rounds[0].tiles[0].mask.tables(torch.device("cpu"))
-    assert len(tables.limits.axes) == 12
+    assert len(tables.limits.axes) == 13
     assert tables.limits.packed is None
     assert isinstance(tables.padded[0].shown, Masks)

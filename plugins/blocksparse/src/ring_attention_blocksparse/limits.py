@@ -45,14 +45,16 @@ class Packed(NamedTuple):
     u and of w are set: no field then borrowed from its guard.
 
     Attributes:
-        at: int32 [keys]. low, high: int32 [queries]. Behind the last row stand some that nothing
-            sees. guards: the guards' bits, as a signed number.
+        at: int32 [keys]. low, high: int32 [queries]. All three go on behind the last row.
+        guards: the guards' bits, as a signed number. reach: ``high - low``, where it is the same
+            for all queries.
     """
 
     at: Tensor
     low: Tensor
     high: Tensor
     guards: int
+    reach: int | None
 
 
 class Band(NamedTuple):
@@ -125,28 +127,39 @@ class Limits:
         """None where the axes need more than 32 bits."""
         if self.axes is None:
             return None
-        axes = self.axes
-        if not axes:  # a kernel still has to know where rows end
-            none = (_tokens(side, self.scene) * 0 for side in (self.q, self.kv))
-            low, at = none
-            axes = (Axis(at, low, low, 1),)
-        fields, shift = [], 0
-        for axis in axes:
-            guard = 1 << axis.size.bit_length()  # coordinate ``size`` is that of no key
-            low, high = axis.low.clamp(0, axis.size), axis.high.clamp(-1, axis.size - 1)
+        axes = self.axes or (self._none,)
+        reaches = [axis.high - axis.low for axis in axes]
+        even = all(len(x) and bool((x == x[0]).all() & (x[0] >= 0)) for x in reaches)
+        return (_packed(axes, even) if even else None) or _packed(axes, False)
+
+    @property
+    def _none(self) -> Axis:
+        """On which all is seen."""
+        low, at = (_tokens(side, self.scene) * 0 for side in (self.q, self.kv))
+        return Axis(at, low, low, 1)
+
+
+def _packed(axes: tuple[Axis, ...], even: bool) -> Packed | None:
+    """The axes; where each query reaches ``even``-ly far along each of them, limits may lie beyond
+    its ends."""
+    fields, shift = [], 0
+    for at, low, high, size in axes:
+        if not even:
             empty = high < low
-            low, high = low.masked_fill(empty, 1), high.masked_fill(empty, 0)
-            numbers = (
-                _padded(axis.at, axis.size) + guard,
-                _padded(low, 1),
-                _padded(high, 0) + 2 * guard,
-            )
-            fields.append((*(x << shift for x in numbers), guard << shift))
-            shift += guard.bit_length()
+            low = low.clamp(0, size).masked_fill(empty, 1)
+            high = high.clamp(-1, size - 1).masked_fill(empty, 0)
+        under = max(0, -int(low.min())) if len(low) else 0
+        most = max(int(x.max()) for x in (low, high, at) if len(x)) if len(low) + len(at) else 0
+        guard = 1 << (most + under).bit_length()
+        reach = int(high[0] - low[0]) if even else 0
+        numbers = at + under + guard, low + under, high + under + 2 * guard
+        fields.append((*(x << shift for x in (*numbers, reach + 2 * guard)), guard << shift))
+        shift += guard.bit_length()
         if shift > 32:
             return None
-        at, low, high, guards = (sum(column) for column in zip(*fields, strict=True))
-        return Packed(_wrapped(at), _wrapped(low), _wrapped(high), _signed(guards))
+    *columns, reach, guards = (sum(column) for column in zip(*fields, strict=True))
+    at, low, high = (_wrapped(_padded(x)) for x in columns)
+    return Packed(at, low, high, _signed(guards), _signed(reach) if even else None)
 
 
 def _tokens(pieces: Pieces, scene: Scene) -> Tensor:
@@ -158,8 +171,8 @@ def _tokens(pieces: Pieces, scene: Scene) -> Tensor:
     return found if scene.order is None else scene.order.tokens(found.device)[found]
 
 
-def _padded(x: Tensor, value: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -len(x) % _ROOM), value=value)
+def _padded(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -len(x) % _ROOM))
 
 
 def _neighbours(token: Tensor) -> bool:
@@ -188,4 +201,5 @@ def _wrapped(x: Tensor) -> Tensor:
 
 
 def _signed(x: int) -> int:
+    x &= 0xFFFFFFFF
     return x - (1 << 32) if x >= 1 << 31 else x

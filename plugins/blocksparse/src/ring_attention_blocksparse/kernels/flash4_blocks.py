@@ -139,12 +139,12 @@ def _shown(shown: Band | Packed | Masks, spread: Callable[[Tensor], Tensor]) -> 
         numbers = (number(-shown.low), number(shown.high - shown.low))
         return {"mask_mod": masks.in_band, "aux_scalars": numbers}
     if isinstance(shown, Packed):
+        guards = number(shown.guards)
+        if shown.reach is not None:
+            tensors, numbers = [shown.at, shown.low], (guards, number(shown.reach))
+            return {"mask_mod": masks.reached, "aux_tensors": tensors, "aux_scalars": numbers}
         tensors = [shown.at, shown.low, shown.high]
-        return {
-            "mask_mod": masks.within,
-            "aux_tensors": tensors,
-            "aux_scalars": (number(shown.guards),),
-        }
+        return {"mask_mod": masks.within, "aux_tensors": tensors, "aux_scalars": (guards,)}
     return {"mask_mod": masks.by_bit, "aux_tensors": [spread(shown.slots), shown.bits]}
 
 

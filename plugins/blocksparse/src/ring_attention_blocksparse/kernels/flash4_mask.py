@@ -19,12 +19,25 @@ def in_band(batch, head, q_row, kv_row, lengths, tensors, numbers):  # type: ign
 
 
 @cute.jit
+def reached(batch, head, q_row, kv_row, lengths, tensors, numbers):  # type: ignore[no-untyped-def]
+    """:func:`within` where all queries reach equally far: ``tensors`` are at and low, ``numbers``
+    the guards and the reach."""
+    at, low = tensors[0][kv_row[0]], tensors[1][q_row[0]]
+    return _all_set((at - low) & (low + numbers[1] - at), numbers[0])
+
+
+@cute.jit
 def within(batch, head, q_row, kv_row, lengths, tensors, numbers):  # type: ignore[no-untyped-def]
     """:class:`ring_attention_blocksparse.limits.Packed`: ``tensors`` are at, low and high,
     ``numbers`` the guards."""
     at, low, high = tensors[0][kv_row[0]], tensors[1][q_row[0]], tensors[2][q_row[0]]
-    found = utils.scalar_to_ssa((at - low) & (high - at) & numbers[0], cutlass.Int32)
-    return found == utils.scalar_to_ssa(numbers[0], cutlass.Int32)
+    return _all_set((at - low) & (high - at), numbers[0])
+
+
+@cute.jit
+def _all_set(found, guards):  # type: ignore[no-untyped-def]
+    clear = utils.scalar_to_ssa(found & guards ^ guards, cutlass.Int32)
+    return clear == utils.scalar_to_ssa(cutlass.Int32(0), cutlass.Int32)
 
 
 @cute.jit

@@ -288,7 +288,8 @@ class _AllSizes(NamedTuple):
 
 def _tables(tables: Tables, lists: Lists) -> tuple[Any, ...]:
     bits = tables.bits if len(tables.bits) else tables.bits.new_zeros(1)
-    masks = bits, *(tables.limits.packed or (bits, bits, bits, 0))
+    packed = tables.limits.packed
+    masks = bits, *((bits, bits, bits, 0) if packed is None else packed[:4])
     pieces = ((x.row, x.size) for x in (tables.q, tables.kv))
     return (lists.start, lists.plain, lists.other, lists.mask, lists.row), masks, *pieces
 
