@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark clean help
+.PHONY: demo test lint docs benchmark clean help
 
 help:
 	@echo "make demo       train a small language model on a sharded context, beside an unsharded one"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       write the pages that are made from the code"
 	@echo "make benchmark  time and memory on this CPU, into benchmarks/results"
 	@echo "make clean      remove the virtual environment and caches"
 
@@ -28,6 +29,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/cpu.py --output benchmarks/results

@@ -91,9 +91,10 @@ def run(train: Callable[[Settings, torch.device], Iterator[Step]], description: 
     told = os.environ.get
     if told("TORCHELASTIC_USE_AGENT_STORE") == "True" and told("TORCHELASTIC_MAX_RESTARTS") != "0":
         raise ValueError(
-            "with --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun "
-            "--standalone, or --rdzv-backend c10d: else ranks that are started again connect to "
-            "those before them (https://github.com/pytorch/pytorch/issues/135712)"
+            "ranks that are started again would connect to those before them "
+            "(https://github.com/pytorch/pytorch/issues/135712): use 'ring-attention launch "
+            "--max-restarts ...', or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun "
+            "--standalone"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():

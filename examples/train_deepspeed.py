@@ -1,6 +1,6 @@
 """Train with DeepSpeed's ZeRO-2 on packed sequences, each sharded over a ring.
 
-    torchrun --nproc-per-node 4 examples/train_deepspeed.py --ring 2
+    ring-attention launch -n 4 examples/train_deepspeed.py --ring 2
 
 Ranks form a mesh: ``ring`` neighbours share a sequence, and each such ring takes sequences of its
 own. To DeepSpeed all ranks are data-parallel ones: it shards gradients and optimiser state over

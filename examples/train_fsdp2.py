@@ -1,15 +1,11 @@
-r"""Train with FSDP2 on packed sequences, each sharded over a ring, with restarts from checkpoints.
+"""Train with FSDP2 on packed sequences, each sharded over a ring, with restarts from checkpoints.
 
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    torchrun --standalone --nproc-per-node 4 --max-restarts 3 examples/train_fsdp2.py \
-        --ring 2 --checkpoints run
+    ring-attention launch -n 4 --max-restarts 3 examples/train_fsdp2.py --ring 2 --checkpoints run
 
 Ranks form a mesh: ``ring`` neighbours share a sequence, and each such ring takes sequences of its
 own. FSDP2 shards parameters, gradients and optimiser state over all of them. A rank that dies or
 hangs ends the attempt on all ranks; the launcher starts them again, and they go on from the last
-checkpoint. A job with another ``--nproc-per-node`` may go on from it, too. The variable gives each
-attempt a store of its own: with the launcher's, ranks connect to those of the attempt before, which
-are gone (https://github.com/pytorch/pytorch/issues/135712).
+checkpoint. A job of another number of processes may go on from it, too.
 """
 
 from __future__ import annotations

@@ -141,6 +141,7 @@ class Runtime:
                     f"no kernel for {problem.dtype} on {problem.device} with head sizes "
                     f"{problem.head_dim} and {problem.value_dim}: "
                     f"{choice.reasons or 'none installed (ring-attention-standard brings some)'}"
+                    + _instead("kernel", self.config.kernel)
                 )
             best = choice.taken
             logger.info("kernel %r for %s", best.name, problem)
@@ -168,6 +169,7 @@ class Runtime:
                 raise CommunicatorError(
                     f"no communicator for {device.type} tensors in this group of {plan.world} "
                     f"ranks: {choice.reasons or 'none installed'}"
+                    + _instead("communicator", self.config.communicator)
                 )
             communicator = choice.taken(plan.group, self.config.timeout)
             logger.info("communicator %r for %s tensors", choice.taken.name, device.type)
@@ -237,3 +239,10 @@ def _brief(value: Any) -> str:
         if len(text) <= 120
         else f"{text[:100]}... #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     )
+
+
+def _instead(field: str, named: str) -> str:
+    """What to do where nothing serves."""
+    if named == "auto":
+        return f". 'ring-attention doctor' shows every {field} of this machine, and why"
+    return f". {field}='auto' takes one that can, where there is one"

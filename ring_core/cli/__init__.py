@@ -12,13 +12,21 @@ from typing import Any
 
 from importlib_metadata import version
 
-from ring_core.cli import demo, doctor, listing, plan
+from ring_core.cli import demo, doctor, launch, listing, plan, schema, show
 from ring_core.errors import RingError
 from ring_core.registry import registry
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_COMMANDS: dict[str, Any] = {"list": listing, "plan": plan, "doctor": doctor, "demo": demo}
+_COMMANDS: dict[str, Any] = {
+    "list": listing,
+    "show": show,
+    "schema": schema,
+    "plan": plan,
+    "doctor": doctor,
+    "demo": demo,
+    "launch": launch,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: 2 for a command line that cannot be understood, 0 after ``--help``.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    commands = dict(_COMMANDS)
-    if not commands.keys() & set(given):  # one of a plugin's, or all for --help
-        commands.update((name, one) for name, one in _brought().items() if name not in commands)
+    # One of a plugin's, or all for --help?
+    commands = _COMMANDS if _COMMANDS.keys() & set(given) else _all_commands()
     arguments = _parser(commands).parse_args(given)
     if arguments.verbose:
         logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
@@ -50,11 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _brought() -> dict[str, Any]:
-    """The commands of plugins. One that cannot be imported is left out, and said so."""
-    found: dict[str, Any] = {}
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line, plugins' commands included."""
+    return _parser(_all_commands())
+
+
+def _all_commands() -> dict[str, Any]:
+    """With those of plugins. One that cannot be imported is left out, and said so."""
+    found = dict(_COMMANDS)
     for brought in registry.ask("ring_commands"):
         for name, module in (brought or {}).items():
+            if name in found:
+                continue
             try:
                 found[name] = import_module(module)
             except Exception as error:
