@@ -26,8 +26,8 @@ from torch import Tensor
 
 from page import WAYS, add_arguments, dense_lines, on_many_and_one, times, write
 from ring_core import registry
+from ring_core.bench.stopwatch import Stopwatch
 from ring_core.launching import Worker
-from timing import Stopwatch
 
 HEADS, HEAD_DIM, BLOCK = 8, 128, 128
 LENGTHS = [1 << 15, 1 << 17, 1 << 19, 1 << 20]

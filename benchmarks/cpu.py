@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import hardware
 from ring_core import registry
-from ring_core.demo.memory import PeakMemory
+from ring_core.bench.memory import PeakMemory
 from ring_core.testing import RankPool, Worker
 
 BATCH, HEADS, HEAD_DIM = 1, 8, 64

@@ -26,8 +26,8 @@ from torch import Tensor
 
 import hardware
 from ring_core import registry
+from ring_core.bench.stopwatch import Stopwatch
 from ring_core.launching import Worker, launch
-from timing import Stopwatch
 
 HEADS, HEAD_DIM = 8, 64
 SEGMENTS = [2048 << i for i in range(6)]

@@ -16,8 +16,8 @@ from typing import Any
 
 from blocksparse import HEAD_DIM, HEADS, measure_one
 from page import WAYS, add_arguments, dense_lines, on_many_and_one, times, write
+from ring_core.bench.stopwatch import Stopwatch
 from ring_core.launching import Worker
-from timing import Stopwatch
 
 ORDERS = ("row", "hilbert", "morton", "tile")
 

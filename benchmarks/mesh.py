@@ -17,8 +17,8 @@ from ring_attention_distributed.cost import predictions
 
 from page import WAYS, add_arguments, on_many_and_one, write
 from ring_core import registry
+from ring_core.bench.stopwatch import Stopwatch
 from ring_core.launching import Worker
-from timing import Stopwatch
 
 GUARDED: tuple[dict[str, Any], ...] = (
     {"monitor": True},

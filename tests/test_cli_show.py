@@ -98,6 +98,37 @@ def test_launch_on_several_machines_needs_a_meeting_place(
     assert "--nodes and --endpoint go together" in capsys.readouterr().err
 
 
+def test_bench(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Variants and configs beside dense attention; one that cannot run is told, not hidden."""
+    config = tmp_path / "window.yaml"
+    config.write_text(
+        "variant: blocksparse\nblock_q: 16\nblock_kv: 16\n"
+        "patterns: [{kind: local, left: 20, right: 0}]\n"
+    )
+    table = tmp_path / "table.yaml"
+    table.write_text("variant: blocksparse\npatterns: [{kind: blocks, table: [[true]]}]\n")
+    words = ["--variants", "standard", "--set", "causal=true", "--seq-len", "200", "--heads", "4"]
+    words += ["--config", str(config), "--config", str(table), "--output", str(tmp_path / "out")]
+    assert main(["bench", *words, "--json", "--turns", "1", "--dtype", "float64"]) == 1
+    found = json.loads(capfd.readouterr().out)
+    dense, standard, window, refused = found["rows"]
+    assert [row["name"] for row in (dense, standard, window, refused)] == [
+        "dense, one device",
+        "standard",
+        "window",
+        "table",
+    ]
+    for row in (dense, standard, window):
+        assert list(row["errors"]) == ["out", "dq", "dk", "dv"]
+        assert max(row["errors"].values()) < 1e-12
+        assert 0 < row["forward"] < row["both"]
+    assert (dense["ranks"], dense["bytes_sent"]) == (1, 0)
+    assert 0 < window["bytes_sent"] < standard["bytes_sent"]
+    assert "the table has 1 x 1 blocks" in refused["refused"]
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("name", ["hooks.md", "config.md", "cli.md"])
 def test_pages_are_what_the_code_says(name: str) -> None:
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")

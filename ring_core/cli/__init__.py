@@ -12,7 +12,7 @@ from typing import Any
 
 from importlib_metadata import version
 
-from ring_core.cli import demo, doctor, launch, listing, plan, schema, show
+from ring_core.cli import bench, demo, doctor, launch, listing, plan, schema, show
 from ring_core.errors import RingError
 from ring_core.registry import registry
 
@@ -24,6 +24,7 @@ _COMMANDS: dict[str, Any] = {
     "schema": schema,
     "plan": plan,
     "doctor": doctor,
+    "bench": bench,
     "demo": demo,
     "launch": launch,
 }

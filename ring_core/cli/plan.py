@@ -6,11 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from ring_core.cli.arguments import at_least
+from ring_core.cli.arguments import add_set, at_least, read_fields, set_fields
 from ring_core.cli.output import console, print_json, table
-from ring_core.errors import ConfigError, InputError
+from ring_core.errors import InputError
 from ring_core.registry import registry
 
 if TYPE_CHECKING:
@@ -30,13 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML or JSON with fields of the config"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field, as causal=true or 'patterns=[{kind: local, left: 512, right: 0}]'",
-    )
+    add_set(parser)
     for name, default, what in (
         ("seq-len", None, "tokens of the sequence"),
         ("world", 4, "ranks"),
@@ -75,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ring_core.cli.plan_picture import check, draw
 
         check(arguments.picture)
-    attention = registry.create(arguments.variant, config=_fields(arguments))
+    attention = registry.create(arguments.variant, config=_given(arguments))
     sequences = Sequences.build(arguments.seq_len)
     plan = ForHeads.of(attention.make_plan(sequences, arguments.world), arguments.kv_heads)
     found = _described(plan, arguments)
@@ -89,24 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    if arguments.config:
-        try:
-            fields = yaml.safe_load(arguments.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {arguments.config}: {error}") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"--config {arguments.config}: expected field names and values")
-    for text in arguments.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text}: expected FIELD=VALUE, as causal=true")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: {error}") from error
-    return fields
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    fields = read_fields(arguments.config) if arguments.config else {}
+    return {**fields, **set_fields(arguments.set)}
 
 
 def _described(plan: ForHeads, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ring_core import registry
 from ring_core.attention import BaseRingAttention
-from ring_core.demo.memory import PeakMemory
+from ring_core.bench.memory import PeakMemory
 from ring_core.demo.model import LanguageModel, ModelSize, Rotary
 from ring_core.demo.progress import progress
 from ring_core.launching import Worker

@@ -1,0 +1,1 @@
+"""Variants measured side by side."""
