@@ -16,6 +16,7 @@ import pytest
 import torch
 from job import Settings, Step
 from packed_text import NO_LABEL, PackedText
+from recovery import process_of
 from ring_attention_distributed.checkpoints import Checkpoints
 from torch import nn
 from torch.nn import functional as F
@@ -105,15 +106,6 @@ def history(path: Path) -> list[Step]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     said = [json.loads(line) for line in lines if line.endswith("\n")]
     return [Step(one["step"], one["loss"], one["gradient_norm"]) for one in said]
-
-
-def process_of(rank: int, launcher: int) -> int:
-    """The process that runs this rank under torch's launcher."""
-    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
-        for child in children.read_text().split():
-            if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-                return int(child)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_a_job_goes_on_after_a_rank_was_killed(cpu_pool: RankPool, tmp_path: Path) -> None:
