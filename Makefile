@@ -29,6 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict examples/plugin_template/src examples/tracing_plugin/src
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -113,6 +113,11 @@ class RingAttentionConfig(BaseModel):
         """The fields that were set explicitly, by name."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
+    def of_variant(self, name: str) -> RingAttentionConfig:
+        """What the plugin that brings variant ``name`` is asked with: this config, or that of the
+        variant of this name which this one wraps."""
+        return self
+
     def to_yaml(self) -> str:
         """This config as YAML text that :meth:`from_yaml` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

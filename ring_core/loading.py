@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 import pluggy
 
 from ring_core import hookspecs
+from ring_core.config import RingAttentionConfig
 from ring_core.discovery import PLUGINS, VARIANTS, Found, PluginRow
 from ring_core.errors import (
     DuplicateNameError,
@@ -20,7 +21,7 @@ from ring_core.errors import (
     RingError,
     did_you_mean,
 )
-from ring_core.hookspecs import HOOK_API, PROJECT, Variant
+from ring_core.hookspecs import HOOK_API, PROJECT, Observer, Variant
 
 logger = logging.getLogger("ring_core")
 
@@ -96,8 +97,13 @@ class Plugins:
             if id(loaded.plugin) in asked or not self._implements(loaded.plugin, hook):
                 continue
             asked.add(id(loaded.plugin))
+            given = arguments
+            if isinstance(config := given.get("config"), RingAttentionConfig):
+                given = {**given, "config": config.of_variant(loaded.row.name)}
             with _blame(loaded.row, hook):
-                answers.append((loaded.row, self._call(loaded.plugin, hook, **arguments)))
+                answer = self._call(loaded.plugin, hook, **given)
+                _check(hook, answer)
+                answers.append((loaded.row, answer))
         return answers
 
     def _usable(self) -> list[_Loaded]:
@@ -145,6 +151,35 @@ class Plugins:
             elif variant is not None or loaded.row.distribution != THIS_PROCESS:
                 # Only an object registered by hand may bring hooks and no variant.
                 raise TypeError(f"returned {variant!r} for {loaded.row.name!r}, not a Variant")
+
+
+_WANTED: dict[str, tuple[type[Any], Callable[[Any], bool], str]] = {
+    "ring_observers": (Sequence, lambda one: isinstance(one, Observer), "a list of observers"),
+    "ring_kernels": (
+        Sequence,
+        lambda one: all(hasattr(one, name) for name in ("name", "priority", "refuse", "forward")),
+        "a list of kernels",
+    ),
+    "ring_communicators": (
+        Sequence,
+        lambda one: isinstance(one, type) and hasattr(one, "refuse"),
+        "a list of communicator classes",
+    ),
+    "ring_presets": (Mapping, lambda one: isinstance(one, str), "a mapping of names to presets"),
+    "ring_commands": (Mapping, lambda one: isinstance(one, str), "a mapping of names to modules"),
+}
+
+
+def _check(hook: str, answer: Any) -> None:
+    """
+    Raises:
+        TypeError: the answer to one of the core's hooks is something else than it asks for.
+    """
+    if hook not in _WANTED or answer is None:
+        return
+    kind, fits, text = _WANTED[hook]
+    if not isinstance(answer, kind) or isinstance(answer, str) or not all(fits(x) for x in answer):
+        raise TypeError(f"returned {answer!r}, not {text}")
 
 
 def _itself(plugin: object) -> object:

@@ -198,18 +198,20 @@ class Registry:
     # What an attention asks for while it is built
 
     def kernels(self, config: RingAttentionConfig) -> list[AttentionKernel]:
-        """Every kernel the plugins bring for ``config``."""
-        return [one for brought in self.ask("ring_kernels", config=config) for one in brought or ()]
+        """Every kernel the plugins bring for ``config``.
+
+        Raises:
+            PluginLoadError: the plugin that brings the config's variant failed over it.
+        """
+        return self._all("ring_kernels", config)
 
     def communicators(self, config: RingAttentionConfig) -> list[type[Communicator]]:
-        """Every communicator class the plugins bring for ``config``."""
-        answers = self.ask("ring_communicators", config=config)
-        return [one for brought in answers for one in brought or ()]
+        """Every communicator class the plugins bring for ``config``; raises as :meth:`kernels`."""
+        return self._all("ring_communicators", config)
 
     def observers(self, config: RingAttentionConfig) -> list[Observer]:
-        """Every observer the plugins bring for ``config``."""
-        answers = self.ask("ring_observers", config=config)
-        return [one for brought in answers for one in brought or ()]
+        """Every observer the plugins bring for ``config``; raises as :meth:`kernels`."""
+        return self._all("ring_observers", config)
 
     def origin(self, name: str) -> str:
         """Distribution and version that bring variant ``name``; what ranks compare."""
@@ -217,6 +219,13 @@ class Registry:
         return f"{row.distribution} {row.version}" if row else "not a plugin"
 
     # Inside
+
+    def _all(self, hook: str, config: RingAttentionConfig) -> list[Any]:
+        found = [one for brought in self.ask(hook, config=config) for one in brought or ()]
+        row = self._found().row(config.variant)
+        if row is not None and row.status == "failed":
+            raise error_of(row)  # without its hooks, fields of its config would be ignored
+        return found
 
     def _found(self) -> Plugins:
         with self._lock:

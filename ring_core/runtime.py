@@ -16,7 +16,14 @@ from torch import Tensor
 from ring_core.agreement import Agreement, Signature
 from ring_core.choice import choose
 from ring_core.config import RingAttentionConfig
-from ring_core.errors import CommunicatorError, ConfigError, KernelError, did_you_mean
+from ring_core.errors import (
+    CommunicatorError,
+    ConfigError,
+    KernelError,
+    PluginLoadError,
+    did_you_mean,
+)
+from ring_core.hookspecs import Observer
 from ring_core.program import Program
 from ring_core.protocols import AttentionKernel, Communicator, Problem
 from ring_core.rank_plan import RankPlan
@@ -24,6 +31,7 @@ from ring_core.registry import Registry
 
 logger = logging.getLogger("ring_core")
 
+T = TypeVar("T")
 V = TypeVar("V")
 
 _agreements: WeakKeyDictionary[Any, Agreement] = WeakKeyDictionary()
@@ -146,7 +154,7 @@ class Runtime:
             best = choice.taken
             logger.info("kernel %r for %s", best.name, problem)
             for observer in self.observers:
-                best = observer.kernel(best)
+                best = _given(observer, observer.kernel(best), "kernel")
             self._kernels[problem] = best
         return self._kernels[problem]
 
@@ -174,7 +182,7 @@ class Runtime:
             communicator = choice.taken(plan.group, self.config.timeout)
             logger.info("communicator %r for %s tensors", choice.taken.name, device.type)
             for observer in self.observers:
-                communicator = observer.communicator(communicator)
+                communicator = _given(observer, observer.communicator(communicator), "communicator")
             made[device.type] = communicator
         return made[device.type]
 
@@ -239,6 +247,20 @@ def _brief(value: Any) -> str:
         if len(text) <= 120
         else f"{text[:100]}... #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     )
+
+
+def _given(observer: Observer, wrapped: T | None, what: str) -> T:
+    """
+    Raises:
+        PluginLoadError: the observer gave nothing back.
+    """
+    if wrapped is None:
+        kind = type(observer)
+        raise PluginLoadError(
+            f"observer {kind.__module__}.{kind.__qualname__} returned None from {what}(): it must "
+            f"return the {what} it was given, or what wraps it"
+        )
+    return wrapped
 
 
 def _instead(field: str, named: str) -> str:

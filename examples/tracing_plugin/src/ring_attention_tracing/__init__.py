@@ -1,0 +1,1 @@
+"""A Chrome trace of every transfer, where ``RING_TRACE`` names a file for it."""
