@@ -33,6 +33,8 @@ def compare(
     documents=None,
     *,
     batch=2,
+    heads=4,
+    kv_heads=2,
     dim=16,
     value_dim=16,
     dtype,
@@ -41,7 +43,6 @@ def compare(
 ):
     """Out, lse and gradients of every tile, with what ``kernel`` and the reference kernel say."""
     torch.manual_seed(0)
-    heads, kv_heads = 4, 2
     q, k, v, dout = (
         torch.randn(batch, length, h, d, device=device).to(dtype)
         for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim), (heads, value_dim))
@@ -249,17 +250,21 @@ LONG_LISTS = {
 
 
 def interpret():
-    """In the interpreter. One case has several batch rows."""
+    """In the interpreter. One case has several batch rows, and two several KV heads."""
     from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 
     kernel, single = TritonBlocks(), {"dtype": torch.float32, "bound": 1e-5, "device": "cpu"}
-    compare(kernel, *CASES["batch rows that differ"], **single)
-    compare(kernel, *CASES["odd sizes"], **single, dim=20, value_dim=12, batch=1)
-    for name in CASES.keys() - {"batch rows that differ", "odd sizes", "documents"}:
-        compare(kernel, *CASES[name], **single, batch=1)
+    few = {"batch": 1, "heads": 2, "kv_heads": 1}
+    special = {
+        "batch rows that differ": {},
+        "heads that differ": {"batch": 1},
+        "odd sizes": {**few, "dim": 20, "value_dim": 12},
+    }
+    for name in CASES.keys() - {"documents"}:
+        compare(kernel, *CASES[name], **single, **special.get(name, few))
     # The interpreter knows no products of bfloat16.
     half = {"dtype": torch.float16, "bound": 1e-2, "device": "cpu"}
-    compare(kernel, *CASES["causal window"], **half, batch=1)
+    compare(kernel, *CASES["causal window"], **half, **few)
     large_scores(kernel, "cpu")
 
 
@@ -267,9 +272,9 @@ def interpret_long_lists():
     """In a process beside the one above."""
     from ring_attention_blocksparse.kernels.triton_blocks import TritonBlocks
 
-    single = {"dtype": torch.float32, "bound": 1e-5, "device": "cpu", "batch": 1}
-    for name in LONG_LISTS.keys() - {"few long lists"}:
-        compare(TritonBlocks(), *LONG_LISTS[name], **single)
+    case = LONG_LISTS["long lists, heads that differ, in the last block"]
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 2}
+    compare(TritonBlocks(), *case, **sizes, dtype=torch.float32, bound=1e-5, device="cpu")
 
 
 def compile_for_a_gpu():

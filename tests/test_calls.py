@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -176,12 +178,30 @@ def test_twice_differentiating_is_refused() -> None:
         torch.autograd.grad(once.sum(), q)
 
 
+Broken = dict[Callable[..., Any], Future[list[Any]]]
+
+
+def broken_off(task: Callable[..., Any], world: int, errors: bool = False) -> list[Any]:
+    """Run a call that breaks off in processes of its own: a thread of gloo's may spin on lost
+    connections for good."""
+    pool = RankPool(world)
+    try:
+        return pool.run(task, fresh=True, timeout=60, errors=errors)
+    finally:
+        pool.close()
+
+
 @pytest.fixture(scope="module")
-def breakable() -> Iterator[RankPool]:
-    """Ranks for calls that break off: a thread of gloo's may spin on lost connections for good."""
-    pool = RankPool(3)
-    yield pool
-    pool.close()
+def broken() -> Broken:
+    """What came of each of them: they wait most of the time, so all go on at once."""
+    with ThreadPoolExecutor() as threads:
+        return {
+            late_peer: threads.submit(broken_off, late_peer, 3, errors=True),
+            skipped_backward: threads.submit(broken_off, skipped_backward, 2),
+            refused_once: threads.submit(broken_off, refused_once, 2),
+            other_order: threads.submit(broken_off, other_order, 3),
+            failing_kernel: threads.submit(broken_off, failing_kernel, 3),
+        }
 
 
 def late_peer(worker: Worker) -> None:
@@ -199,8 +219,8 @@ def late_peer(worker: Worker) -> None:
         store.set(f"gave up: {worker.rank}", "")
 
 
-def test_a_late_peer_is_named_alike_on_every_rank(breakable: RankPool) -> None:
-    outcomes = breakable.run(late_peer, world=3, errors=True, fresh=True, timeout=60)
+def test_a_late_peer_is_named_alike_on_every_rank(broken: Broken) -> None:
+    outcomes = broken[late_peer].result()
     assert all(isinstance(outcome, RingTimeoutError) for outcome in outcomes), outcomes
     assert len({str(outcome) for outcome in outcomes}) == 1, outcomes
     assert "timeout=2 s" in str(outcomes[0])
@@ -223,10 +243,8 @@ def skipped_backward(worker: Worker) -> list[float | str]:
     return outcomes
 
 
-def test_a_skipped_backward_is_an_error_and_never_another_calls_numbers(
-    breakable: RankPool,
-) -> None:
-    answers = breakable.run(skipped_backward, world=2, fresh=True, timeout=60)
+def test_a_skipped_backward_is_an_error_and_never_another_calls_numbers(broken: Broken) -> None:
+    answers = broken[skipped_backward].result()
     assert all(answer[0] == 0.0 for answer in answers), answers
     for answer in answers:
         for step, outcome in enumerate(value for value in answer if not isinstance(value, str)):
@@ -251,8 +269,8 @@ def refused_once(worker: Worker) -> list[str]:
     return outcomes
 
 
-def test_a_refusal_reaches_ranks_that_are_already_computing(breakable: RankPool) -> None:
-    refuser, other = breakable.run(refused_once, world=2, fresh=True, timeout=60)
+def test_a_refusal_reaches_ranks_that_are_already_computing(broken: Broken) -> None:
+    refuser, other = broken[refused_once].result()
     assert refuser[0] == other[0] == "0.0"
     assert refuser[1].startswith("InputError: q (1, 3, 1, 2) has 3 rows")
     assert other[1].startswith("DisagreementError: rank 0 refused its input: q (1, 3, 1, 2)")
@@ -279,8 +297,8 @@ def other_order(worker: Worker) -> str:
     return "no error"
 
 
-def test_known_calls_in_another_order_are_told_apart(breakable: RankPool) -> None:
-    texts = breakable.run(other_order, world=3, fresh=True, timeout=60)
+def test_known_calls_in_another_order_are_told_apart(broken: Broken) -> None:
+    texts = broken[other_order].result()
     assert len(set(texts)) == 1, texts
     assert "tokens: 8 on rank 0; 4 on ranks 1, 2" in texts[0]
 
@@ -306,8 +324,8 @@ def failing_kernel(worker: Worker) -> str:
     return "no error"
 
 
-def test_a_rank_that_fails_alone_is_named_by_the_others(breakable: RankPool) -> None:
-    alone, *others = breakable.run(failing_kernel, world=3, fresh=True, timeout=60)
+def test_a_rank_that_fails_alone_is_named_by_the_others(broken: Broken) -> None:
+    alone, *others = broken[failing_kernel].result()
     assert alone == "MemoryError: out of memory, for the test"
     for text in others:
         assert text.startswith(
@@ -346,8 +364,6 @@ def test_a_named_layout_holds_for_keys_too(cpu_pool: RankPool) -> None:
 
 
 def test_plans_are_made_safely_by_many_threads() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     attention = registry.create("standard", causal=True)
     with ThreadPoolExecutor(8) as threads:
         plans = list(threads.map(attention.plan, [1 + i % 97 for i in range(2000)]))
@@ -400,7 +416,7 @@ def refused_by_one(worker: Worker) -> tuple[str, float]:
     return told, float(attention(q, q, q, plan=plan).sum())
 
 
-def test_a_refusal_that_all_agreed_on_ends_one_call(breakable: RankPool) -> None:
-    found = breakable.run(refused_by_one, world=3, fresh=True, timeout=60)
+def test_a_refusal_that_all_agreed_on_ends_one_call(cpu_pool: RankPool) -> None:
+    found = cpu_pool.run(refused_by_one, world=3, fresh=True, timeout=60)
     assert [told for told, _ in found] == ["DisagreementError", "InputError", "DisagreementError"]
     assert [total for _, total in found] == pytest.approx([24.0] * 3)

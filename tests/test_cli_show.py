@@ -6,7 +6,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,8 +100,14 @@ def test_launch_on_several_machines_needs_a_meeting_place(
     assert "--nodes and --endpoint go together" in capsys.readouterr().err
 
 
-def test_bench(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    launch_here: Callable[..., list[Any]],
+) -> None:
     """Variants and configs beside dense attention; one that cannot run is told, not hidden."""
+    monkeypatch.setattr("ring_core.bench.measure.launch", launch_here)
     config = tmp_path / "window.yaml"
     config.write_text(
         "variant: blocksparse\nblock_q: 16\nblock_kv: 16\n"

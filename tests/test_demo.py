@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,41 @@ QUICK = ["--steps", "3", "--context", "509", "--processes", "2"]
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
-    """stdout, stderr and the folder of a quick run, in a process of its own."""
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """A quick run in a process of its own, that goes on beside the next test; and its folder."""
     folder = tmp_path_factory.mktemp("demo") / "new" / "report"
-    ran = subprocess.run(
-        [*COMMAND, *QUICK, "--output", str(folder)],
-        capture_output=True,
+    command = [*COMMAND, *QUICK, "--output", str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process, folder
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def quick(started: tuple[Any, Path]) -> tuple[str, str, Path]:
+    """stdout, stderr and the folder of the quick run."""
+    out, err = started[0].communicate(timeout=120)
+    assert started[0].returncode == 0, err
+    return out, err, started[1]
+
+
+def test_ctrl_c_ends_every_process_quietly(started: tuple[Any, Path], tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [*COMMAND, "--steps", "9999", "--context", "128", "--output", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
+        # a shell that runs the tests in the background has it ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout, ran.stderr, folder
+    assert running.stderr is not None
+    assert "step 1/9999" in running.stderr.readline()
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, err = running.communicate(timeout=30)  # returns when no process holds the pipe any more
+    assert running.returncode == 130
+    assert "Traceback" not in err
 
 
 def test_a_quick_run_agrees_and_sends_what_is_planned(quick: tuple[str, str, Path]) -> None:
@@ -78,8 +103,14 @@ def test_a_quick_run_draws_and_tells(quick: tuple[str, str, Path]) -> None:
     assert "\x1b" not in out + err
 
 
-def test_dilated_runs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dilated_runs_agree(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    launch_here: Callable[..., list[Any]],
+) -> None:
     """Segments within the two shards, and across them."""
+    monkeypatch.setattr("ring_core.demo.comparison.launch", launch_here)
     words = ["--segment-lengths", "64", "512", "--dilation-rates", "1", "2"]
     sizes = ["--context", "512", "--steps", "2", "--processes", "2"]
     assert main(["demo", *words, *sizes, "--output", str(tmp_path)]) == 0
@@ -92,24 +123,6 @@ def test_dilated_runs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert found["agreement"]["largest_difference"] < 1e-4
     for rank in found["sharded"]["ranks"]:
         assert rank["attention_bytes_sent"] == rank["attention_bytes_planned"] > 0
-
-
-def test_ctrl_c_ends_every_process_quietly(tmp_path: Path) -> None:
-    running = subprocess.Popen(
-        [*COMMAND, "--steps", "9999", "--context", "128", "--output", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # a shell that runs the tests in the background has it ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert running.stderr is not None
-    assert "step 1/9999" in running.stderr.readline()
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, err = running.communicate(timeout=30)  # returns when no process holds the pipe any more
-    assert running.returncode == 130
-    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_any_plan(cpu_pool: RankPool, planner: str, world: int) -> None:
 
 
 def many_plans(worker: Worker, count: int) -> list[float]:
-    """Random configs and lengths, one after the other, in one group; forward and backward."""
+    """Random configs and lengths, one after the other, in one group; forward and backward. What
+    the sizes of this rank's gradients come to."""
     draw = random.Random(7)
     sums = []
     for _ in range(count):
@@ -78,17 +79,15 @@ def many_plans(worker: Worker, count: int) -> list[float]:
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out, lse = attention(*leaves, plan=plan, return_lse=True)
         torch.autograd.backward((out, lse), (dout, dlse))
-        whole = gathered(plan, out, lse, *(x.grad for x in leaves))
-        sums.append(float(whole.dq.abs().sum() + whole.dk.abs().sum() + whole.dv.abs().sum()))
+        sums.append(sum(float(x.grad.abs().sum()) for x in leaves))
     return sums
 
 
-def test_two_hundred_random_plans_do_not_hang(cpu_pool: RankPool) -> None:
+def test_many_random_plans_do_not_hang(cpu_pool: RankPool) -> None:
     """And give the gradients of one process, drop whatever steps they may."""
-    sharded = cpu_pool.run(many_plans, 200, world=4, timeout=100)
-    alone = cpu_pool.run(many_plans, 200, world=1, timeout=100)
-    for rank in range(4):
-        assert sharded[rank] == pytest.approx(alone[0], rel=1e-10)
+    sharded = cpu_pool.run(many_plans, 150, world=4, timeout=100)
+    (alone,) = cpu_pool.run(many_plans, 150, world=1, timeout=100)
+    assert [sum(shares) for shares in zip(*sharded, strict=True)] == pytest.approx(alone, rel=1e-10)
 
 
 def two_groups(worker: Worker) -> tuple[float, float]:
@@ -152,23 +151,24 @@ def test_two_blocks_of_keys_are_held_whatever_the_world_size(
     assert most <= 2 * 2 * (seq_len // world) * 4
 
 
-@pytest.mark.parametrize(
-    ("world", "shards", "kernel"),
-    [
-        (2, 1, "rounding"),
-        (2, 3, "usual"),
-        (2, 3, "rounding"),
-        (3, 1.5, "rounding"),
-        (3, 3, "joining"),
-        (4, 3, "rounding"),
-        (8, 3, "usual"),
-        (4, 9, "joining"),
-    ],
+IN_ROUNDS = (
+    (2, 1, "rounding"),
+    (2, 3, "usual"),
+    (2, 3, "rounding"),
+    (3, 1.5, "rounding"),
+    (3, 3, "joining"),
+    (4, 3, "rounding"),
+    (8, 3, "usual"),
+    (4, 9, "joining"),
 )
+
+
+@pytest.mark.parametrize(("world", "shards", "kernel"), IN_ROUNDS)
 def test_rounds_of_several_steps_equal_the_reference(
     cpu_pool: RankPool, world: int, shards: float, kernel: str
 ) -> None:
     """The communicator of GPUs, over files in place of their memory."""
+    turn = IN_ROUNDS.index((world, shards, kernel))
     every = (
         {},
         {"causal": True},
@@ -189,7 +189,7 @@ def test_rounds_of_several_steps_equal_the_reference(
         ):
             if "segment_lengths" in fields and sizes.keys() & {"kv_len", "lengths"}:
                 continue
-            if world == 8 and (number + other) % 2:  # every one of both, not with every other
+            if (number + other + turn) % 2:  # every one of both, not with every other
                 continue
             case = Case(fields=fields, **sizes)
             result = cpu_pool.run(run_in_rounds, case, shards, kernel, world=world)[0]

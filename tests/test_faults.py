@@ -6,7 +6,6 @@ on every rank within the deadline: the undisturbed result, or one error that nam
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -218,14 +217,6 @@ def check(drill: dict[str, Any], outcomes: dict[int, list[dict[str, Any]]]) -> N
                 assert one.get("off by", 1) < 1e-10, (drill, one)
 
 
-@pytest.fixture
-def own_pool() -> Iterator[RankPool]:
-    """Processes whose connections may break."""
-    pool = RankPool(RANKS)
-    yield pool
-    pool.close()
-
-
 def some(todo: list[dict[str, Any]]) -> list[list[Any]]:
     """Run drills one after the other, in a pool of their own."""
     pool = RankPool(RANKS)
@@ -235,22 +226,12 @@ def some(todo: list[dict[str, Any]]) -> list[list[Any]]:
         pool.close()
 
 
-def test_drills_that_everybody_survives() -> None:
-    """Raising, NaN, a wrong length, slow, connections shut down: they wait most of the time, so
-    several go on at once."""
-    todo = drills(["raise", "nan", "length", "slow", "drop"], 30)
-    parts = [todo[n::4] for n in range(4)]
-    with concurrent.futures.ThreadPoolExecutor(len(parts)) as threads:
-        for part, outcomes in zip(parts, threads.map(some, parts), strict=True):
-            for drill, found in zip(part, outcomes, strict=True):
-                check(drill, dict(enumerate(found)))
-
-
 def alone(rank: int, port: int, drill: dict[str, Any], folder: str) -> None:
     """A process of a drill that may end it; its outcome goes into a file."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.TCPStore("127.0.0.1", port, RANKS, is_master=False, timeout=timedelta(seconds=30))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+    store = dist.PrefixStore(Path(folder).name, store)  # one serves all drills
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     outcome = steps(None, rank, drill)
     part = Path(folder) / f"part.{rank}"
@@ -259,13 +240,12 @@ def alone(rank: int, port: int, drill: dict[str, Any], folder: str) -> None:
     os._exit(0)  # gloo does not end well where a peer is gone
 
 
-def end(drill: dict[str, Any], folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """Run a drill in processes of its own; what the survivors say."""
-    store = dist.TCPStore("127.0.0.1", 0, RANKS, is_master=True, wait_for_workers=False)
+def end(drill: dict[str, Any], port: int, folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Run a drill in processes of its own, which meet at ``port``; what the survivors say."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults", "ring_core.testing"])
+    context.set_forkserver_preload(["ring_core.testing.preloaded"])
     processes = [
-        context.Process(target=alone, args=(rank, store.port, drill, str(folder)), daemon=True)
+        context.Process(target=alone, args=(rank, port, drill, str(folder)), daemon=True)
         for rank in range(RANKS)
     ]
     for process in processes:
@@ -283,21 +263,43 @@ def end(drill: dict[str, Any], folder: Path) -> dict[int, list[dict[str, Any]]]:
             process.join()
 
 
-def test_drills_that_a_rank_does_not_survive(tmp_path: Path) -> None:
+SURVIVED = drills(["raise", "nan", "length", "slow", "drop"], 30)
+DEADLY = drills(["kill", "stop", "too slow"], 20)
+LATE = {"kind": "too slow", "victim": 1, "step": 0, "transfer": 0, "ulysses": 1}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Future]]:
+    """All drills: they wait most of the time, so several go on at once."""
+    folders = [tmp_path_factory.mktemp("drill") for _ in DEADLY]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor(5) as pools, ThreadPoolExecutor(7) as threads:
+        return {
+            "survived": [pools.submit(some, SURVIVED[n::4]) for n in range(4)],
+            "late": [pools.submit(some, [LATE])],
+            "deadly": [
+                threads.submit(end, drill, store.port, folder)
+                for drill, folder in zip(DEADLY, folders, strict=True)
+            ],
+        }
+
+
+def test_drills_that_everybody_survives(outcomes: dict[str, list[Future]]) -> None:
+    """Raising, NaN, a wrong length, slow, connections shut down."""
+    for n, part in enumerate(outcomes["survived"]):
+        for drill, found in zip(SURVIVED[n::4], part.result(), strict=True):
+            check(drill, dict(enumerate(found)))
+
+
+def test_drills_that_a_rank_does_not_survive(outcomes: dict[str, list[Future]]) -> None:
     """Killed, stopped, or much too slow: the others name it, all in the same words."""
-    todo = drills(["kill", "stop", "too slow"], 20)
-    folders = [tmp_path / str(n) for n in range(len(todo))]
-    for folder in folders:
-        folder.mkdir()
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        for drill, found in zip(todo, threads.map(end, todo, folders), strict=True):
-            check(drill, found)
+    for drill, found in zip(DEADLY, outcomes["deadly"], strict=True):
+        check(drill, found.result())
 
 
-def test_errors_come_back_in_processes_that_were_slow(own_pool: RankPool) -> None:
+def test_errors_come_back_in_processes_that_were_slow(outcomes: dict[str, list[Future]]) -> None:
     """A rank that comes after the verdict raises what the others did."""
-    drill = {"kind": "too slow", "victim": 1, "step": 0, "transfer": 0, "ulysses": 1}
-    found = own_pool.run(in_pool, drill, fresh=True, timeout=60)
+    (found,) = outcomes["late"][0].result()
     assert len({one[0]["text"] for one in found}) == 1
     assert "rank 1 of 3 did not come" in found[0][0]["text"]
     # The group cannot be used any more, and says so at once.

@@ -22,7 +22,8 @@ def test_patches_and_back():
     assert torch.equal(parts[74], photograph[7:14, 7:14].flatten())
 
 
-def test_a_quick_run_agrees_and_writes_both(tmp_path, capsys):
+def test_a_quick_run_agrees_and_writes_both(tmp_path, capsys, monkeypatch, launch_here):
+    monkeypatch.setattr("ring_attention_hilbert.demo.__main__.launch", launch_here)
     words = ["--processes", "2", "--patch", "24", "--steps", "5", "--output", str(tmp_path)]
     assert main(words) == 0
     found = json.loads((tmp_path / "photograph.json").read_text())

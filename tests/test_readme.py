@@ -32,10 +32,12 @@ def test_the_usage_example(cpu_pool: RankPool) -> None:
     """In one process, and unchanged in every process of a group."""
     code = example("plan.unshard")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    for x, whole in (run_example(None, code), *cpu_pool.run(run_example, code)):
-        length = x.shape[1]
-        seen = reference.visible(length, length, causal=True)
-        expected = reference.attention(x, x, x, seen)[0]
+    x, alone = run_example(None, code)
+    seen = reference.visible(x.shape[1], x.shape[1], causal=True)
+    expected = reference.attention(x, x, x, seen)[0]
+    assert (alone - expected).abs().max() < 1e-5
+    for same, whole in cpu_pool.run(run_example, code):
+        assert torch.equal(same, x)
         assert (whole - expected).abs().max() < 1e-5
 
 

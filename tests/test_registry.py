@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from ring_attention_standard import StandardConfig, StandardRingAttention
 
 import ring_core
@@ -22,6 +23,7 @@ from ring_core.errors import (
     DuplicateNameError,
     HookApiError,
     PluginLoadError,
+    RingError,
     UnknownPresetError,
     UnknownVariantError,
 )
@@ -45,9 +47,11 @@ def site(tmp_path, monkeypatch):
     """A folder on the path where distributions with entry points can be written."""
     folder = Path(tmp_path)
     monkeypatch.syspath_prepend(folder)
+    written = []
 
     def write(distribution, module, source, group="ring_core.variants", name=None, requires=()):
         (folder / f"{module}.py").write_text(textwrap.dedent(source))
+        written.append(module)
         info = folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
         info.mkdir()
         needs = "".join(f"Requires-Dist: {one}\n" for one in requires)
@@ -57,7 +61,11 @@ def site(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[{group}]\n{name or module} = {module}\n")
 
     write.folder = folder
-    return write
+    yield write
+    monkeypatch.undo()
+    for module in written:
+        sys.modules.pop(module, None)
+    registry.refresh()
 
 
 def _fresh(folder, code, **environment):
@@ -72,6 +80,21 @@ def _fresh(folder, code, **environment):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def _listed(**environment):
+    """Names, what a variant ``mine`` says when it is made, and warnings about the variables."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        own = Registry()
+        names, said = own.names(), ""
+        try:
+            own.create("mine")
+        except RingError as error:
+            said = f"{type(error).__name__}: {error}"
+    return [names, said, [str(one.message) for one in caught if "RING_" in str(one.message)]]
 
 
 def test_names_import_no_torch_and_run_no_plugin_code(site):
@@ -345,25 +368,11 @@ class TestBrokenPlugins:
         assert "twice-a 1.2" in text
         assert "twice-b 1.2" in text
 
-    LIST = """
-        import json, warnings
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            from ring_core import registry
-            names = registry.names()
-            try:
-                registry.create("mine")
-                said = ""
-            except Exception as error:
-                said = type(error).__name__ + ": " + str(error)
-        print(json.dumps([names, said, [str(w.message) for w in caught if "RING_" in str(w.message)]]))
-    """
-
     def test_ring_plugins_allows_only_those_and_what_they_need(self, site):
         site("mine-dist", "mine", GOOD, requires=["ring-attention-standard>=0.1"])
         site("other-dist", "other", GOOD)
-        assert _fresh(site.folder, self.LIST, RING_PLUGINS="mine") == [["mine", "standard"], "", []]
-        names, said, _ = _fresh(site.folder, self.LIST, RING_PLUGINS="other-dist")
+        assert _listed(RING_PLUGINS="mine") == [["mine", "standard"], "", []]
+        names, said, _ = _listed(RING_PLUGINS="other-dist")
         assert names == ["other"]
         assert said == (
             "UnknownVariantError: variant 'mine' of mine-dist 1.2 (entry point 'mine = mine') is disabled: "
@@ -372,24 +381,21 @@ class TestBrokenPlugins:
 
     def test_ring_disable_plugins_leaves_those_out(self, site):
         site("mine-dist", "mine", GOOD)
-        names, said, _ = _fresh(site.folder, self.LIST, RING_DISABLE_PLUGINS="mine")
+        names, said, _ = _listed(RING_DISABLE_PLUGINS="mine")
         assert names == INSTALLED
         assert "left out by RING_DISABLE_PLUGINS=mine" in said
 
     def test_a_name_that_is_no_plugin_is_told(self, site):
         site("mine-dist", "mine", GOOD)
-        *_, warned = _fresh(site.folder, self.LIST, RING_DISABLE_PLUGINS="mina")
+        *_, warned = _listed(RING_DISABLE_PLUGINS="mina")
         assert warned == ["RING_DISABLE_PLUGINS names 'mina', which no installed plugin is"]
 
     def test_disabling_one_claimant_settles_a_conflict(self, site):
         site("mine-a", "mine_a", GOOD, name="mine")
         site("mine-b", "mine_b", GOOD, name="mine")
-        _, said, _ = _fresh(site.folder, self.LIST)
+        _, said, _ = _listed()
         assert said.startswith("DuplicateNameError")
-        assert _fresh(site.folder, self.LIST, RING_DISABLE_PLUGINS="mine-b")[:2] == [
-            sorted(["mine", *INSTALLED]),
-            "",
-        ]
+        assert _listed(RING_DISABLE_PLUGINS="mine-b")[:2] == [sorted(["mine", *INSTALLED]), ""]
 
     def test_hook_only_plugins_are_loaded_too(self, site):
         site(
@@ -415,18 +421,11 @@ class TestBrokenPlugins:
             """,
             group="ring_core.plugins",
         )
-        answer = _fresh(
-            site.folder,
-            """
-            import json, torch
-            from ring_core import registry
-            q = torch.randn(1, 4, 2, 8)
-            registry.create("standard")(q, q, q)
-            import watcher
-            print(json.dumps([registry.names(), len(watcher.calls)]))
-            """,
-        )
-        assert answer == [INSTALLED, 1]
+        registry.refresh()
+        q = torch.randn(1, 4, 2, 8)
+        registry.create("standard")(q, q, q)
+        assert registry.names() == INSTALLED
+        assert len(sys.modules["watcher"].calls) == 1
 
 
 def test_no_warning_on_the_normal_way():

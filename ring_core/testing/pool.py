@@ -88,6 +88,9 @@ class RankPool:
         answers = self._collect(members, timeout)
         if fresh:
             self._groups.discard(name)
+            for index in members:
+                self._send(index, ("leave", name))
+            self._collect(members, timeout)
         failures = [
             f"--- rank {rank} ---\n{trace}"
             for rank, (_, _, trace) in zip(members, answers, strict=True)
@@ -115,7 +118,7 @@ class RankPool:
         if self.device_type == "cpu" and "forkserver" in multiprocessing.get_all_start_methods():
             # One process imports torch and is forked, in place of eight that import it.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload(["ring_core.testing.preloaded"])
         port = _free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -189,6 +192,10 @@ def _work(connection: Connection, rank: int, size: int, port: int, device_type: 
                 name, members = content
                 groups[name] = dist.new_group(list(members))
                 value = None
+            elif kind == "leave":
+                (name,) = content
+                # Its threads would look for messages a hundred times a second.
+                value = dist.destroy_process_group(groups.pop(name))
             else:
                 name, path, task, args = content
                 sys.path[:] = path

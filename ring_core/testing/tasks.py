@@ -34,13 +34,21 @@ def build(worker: Worker, case: Case) -> tuple[BaseRingAttention, RankPlan, Shar
     return attention, plan, shards
 
 
-def special_calls(worker: Worker, how: str, case: Case, hidden: Tensor | None) -> Result:
+def replace_the_hidden(worker: Worker, case: Case, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Whole out and lse of the case, and with other keys where ``hidden`` [B, Sk] says so."""
+    attention, plan, (q, k, v, _, _) = build(worker, case)
+    rows = plan.shard(hidden, kv=True).to(k.device)[..., None, None]
+    others = [torch.where(rows, 1e3 * torch.randn_like(x), x) for x in (k, v)]
+    results = []
+    for keys, values in ((k, v), others):
+        out, lse = attention(q, keys, values, plan=plan, return_lse=True)
+        results.append((plan.unshard(out).cpu(), plan.unshard(lse, dim=2).cpu()))
+    return results
+
+
+def special_calls(worker: Worker, how: str, case: Case) -> Result:
     """One call made in an unusual way; see the names in ``Conformance.test_called_as``."""
     attention, plan, (q, k, v, dout, dlse) = build(worker, case)
-    if how == "perturb":
-        assert hidden is not None
-        rows = plan.shard(hidden, kv=True).to(k.device)[..., None, None]
-        k, v = (torch.where(rows, 1e3 * torch.randn_like(x), x) for x in (k, v))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     if how == "strided":
         leaves = [_strided(x).requires_grad_() for x in (q, k, v)]
@@ -142,7 +150,8 @@ def gradcheck(worker: Worker, case: Case) -> bool:
         return plan.unshard(out), plan.unshard(lse.masked_fill(lse == -torch.inf, 0), dim=2)
 
     inputs = [x.to(worker.device).requires_grad_() for x in case.tensors()[:3]]
-    return bool(torch.autograd.gradcheck(whole, inputs, nondet_tol=0.0))
+    # Along directions of its own, the same on every rank, in place of number by number.
+    return bool(torch.autograd.gradcheck(whole, inputs, nondet_tol=0.0, fast_mode=True))
 
 
 def call_without_plan(worker: Worker, case: Case) -> bool:
