@@ -16,9 +16,14 @@ from hypothesis import settings
 from ring_core.launching import Worker
 from ring_core.testing import RankPool
 from ring_core.testing.fixtures import *  # noqa: F403
+from scratch import Wheels
 
 settings.register_profile("ring", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("ring")
+
+# Threads that wait for each other in a loop take the cores from the ranks and from each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # in processes that tests start
 
 # torch asks the name server about each address that it connects to, 127.0.0.1 too. One that loses a
 # question must not hold up for 5 s what has 2 s to end in.
@@ -51,6 +56,12 @@ def elsewhere() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Wheels:
+    """Wheels of this checkout, each built once."""
+    return Wheels(tmp_path_factory.mktemp("wheels"))
 
 
 @pytest.fixture

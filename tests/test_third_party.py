@@ -1,23 +1,17 @@
 """What a third party does: wheels in an environment of its own, its plugin's tests there, the page.
 
 The environment holds wheels of the core, of ``standard`` and of the plugins in ``examples``, and of
-this one's packages all that are no part of the project: none of its editable installs.
+this one's packages those that the core and its conformance kit require.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
-import sysconfig
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+import scratch
+from scratch import ROOT, Environment, Job, Wheels, described, required
+
 TEMPLATE = ROOT / "examples" / "plugin_template"
 TRACING = ROOT / "examples" / "tracing_plugin"
 PAGE = ROOT / "docs" / "write-a-plugin.md"
@@ -78,90 +74,14 @@ dist.destroy_process_group()
 """
 
 
-@dataclass
-class Environment:
-    """A virtual environment.
-
-    Attributes:
-        folder: for files beside it. python: its interpreter. packages: where pip installs.
-    """
-
-    folder: Path
-    python: Path
-    packages: Path
-
-    def start(self, *arguments: str, cwd: Path | None = None, **variables: str) -> Job:
-        """A Python process in the environment, which knows nothing of this one."""
-        own = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("PYTHON", "PYTEST", "RING_"))
-        }
-        process = subprocess.Popen(
-            [str(self.python), *arguments],
-            cwd=cwd or self.folder,
-            env={**own, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        return Job(process)
-
-
-@dataclass
-class Job:
-    """A process under way."""
-
-    process: subprocess.Popen[str]
-
-    def said(self) -> str:
-        """What it printed, once it has ended well."""
-        text, _ = self.process.communicate(timeout=120)
-        assert self.process.returncode == 0, text
-        return text
-
-
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def environment(wheels: Wheels, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """With wheels that were built from this checkout."""
-    folder = tmp_path_factory.mktemp("third party")
-    wheels, borrowed = folder / "wheels", folder / "borrowed"
-    # Where the build backend is at hand, nothing need be fetched for it.
-    fetched = [] if find_spec("hatchling") is None else ["--no-build-isolation", "--no-index"]
-    sources = [ROOT, ROOT / "plugins" / "standard", TEMPLATE, TRACING]
-    pip("wheel", "--no-deps", *fetched, f"--wheel-dir={wheels}", *map(str, sources))
-    venv.create(folder / "venv", symlinks=True)
-    base = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
-    packages = Path(sysconfig.get_path("purelib", "venv", base))
-    built = map(str, wheels.iterdir())
-    pip("install", "--no-deps", "--no-index", "--no-compile", f"--target={packages}", *built)
-    borrowed.mkdir()
-    for found in not_ours():
-        if not (borrowed / found.name).exists():  # the first on the path counts
-            (borrowed / found.name).symlink_to(found)
-    (packages / "borrowed.pth").write_text(f"{borrowed}\n")
-    scripts = Path(sysconfig.get_path("scripts", "venv", base))
-    return Environment(folder, scripts / Path(sys.executable).name, packages)
-
-
-def pip(*arguments: str) -> None:
-    """Run this environment's pip without questions or notices."""
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def not_ours() -> Iterator[Path]:
-    """This environment's packages, less the project's and all that bring plugins to it."""
-    for folder in map(Path, sys.path):
-        if folder.name not in ("site-packages", "dist-packages") or not folder.is_dir():
-            continue
-        for found in folder.iterdir():
-            named = found.name.removeprefix("_editable_impl_")
-            points = found / "entry_points.txt"
-            plugin = points.is_file() and "[ring_core." in points.read_text()
-            if not plugin and not named.startswith(("ring_core", "ring_attention")):
-                yield found
+    built = wheels.of(ROOT, ROOT / "plugins" / "standard", TEMPLATE, TRACING)
+    needs = required(described(built[0]), "testing")
+    made = scratch.environment(tmp_path_factory.mktemp("third party"), needs)
+    made.install("--no-index", *map(str, built))
+    return made
 
 
 @dataclass

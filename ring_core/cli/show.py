@@ -49,8 +49,9 @@ def _described(name: str) -> dict[str, Any]:
     try:
         variant = registry.variant(name)
     except UnknownVariantError as error:
+        # On a line of their own: what comes before may end in a command.
         raise UnknownVariantError(
-            f"{error} Presets: {', '.join(sorted(presets)) or 'none'}."
+            f"{error}\nPresets: {', '.join(sorted(presets)) or 'none'}."
         ) from error
     origin = _of_plugin(rows[name]) if name in rows else {}
     return {
