@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from ring_core.attention import BaseRingAttention
     from ring_core.communication import RingCommunicationMixin
     from ring_core.softmax import RingAttentionState
+    from ring_core.wrapping import WrappedCommunicator, WrappedKernel
 
 _NEED_TORCH = {
     "BaseRingAttention": "ring_core.attention",
     "RingCommunicationMixin": "ring_core.communication",
     "RingAttentionState": "ring_core.softmax",
+    "WrappedCommunicator": "ring_core.wrapping",
+    "WrappedKernel": "ring_core.wrapping",
 }
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "RingAttentionState",
     "RingCommunicationMixin",
     "Variant",
+    "WrappedCommunicator",
+    "WrappedKernel",
     "create_ring_attention",
     "create_ring_attention_from_preset",
     "hookimpl",

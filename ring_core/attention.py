@@ -25,17 +25,6 @@ from ring_core.sequences import Sequences
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_NOT_PLANNED = (
-    "softmax_scale",
-    "dropout",
-    "kernel",
-    "communicator",
-    "overlap",
-    "deterministic",
-    "timeout",
-)
-"""Common fields on which no plan depends: layers that differ in them share a plan."""
-
 
 class BaseRingAttention(nn.Module):
     """Attention over sequences sharded across a group. A variant overrides :meth:`make_plan`.
@@ -260,7 +249,9 @@ class BaseRingAttention(nn.Module):
 
         Raises:
             InputError: the tensors do not fit the config.
+            PlanError: the plan's tiles do not fit its shards.
         """
+        plan.check(k.shape[2])  # here: no other rank waits for this one's tiles yet
         return Call(self.runtime, self.choose, plan, q, k, v, **call)
 
     @staticmethod
@@ -319,8 +310,7 @@ class BaseRingAttention(nn.Module):
     @cached_property
     def _planning(self) -> tuple[Any, ...]:
         """What a plan of this attention depends on beside the sequence; a config is frozen."""
-        fields = self.config.model_dump(exclude=set(_NOT_PLANNED))
-        return type(self), str(sorted(fields.items()))
+        return type(self), str(sorted(self.config.planning().items()))
 
     def _check_plan(self, plan: RankPlan) -> None:
         if plan.made_by != self._planning:

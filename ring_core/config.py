@@ -6,8 +6,8 @@ A field changes what is computed or how, or the variant refuses it by name. None
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,15 +16,26 @@ from ring_core.errors import ConfigError, did_you_mean
 
 LayoutName = Literal["auto", "contiguous", "zigzag", "striped"]
 
+PLANNED = ("causal", "window", "segment_lengths", "dilation_rates", "layout")
+"""The common fields that are a planner's to read, or to refuse; the engine sees to the others."""
+
 
 class RingAttentionConfig(BaseModel):
     """Fields common to all variants. Frozen, hashable; JSON, YAML and JSON Schema round-trip.
 
     Raises:
-        ConfigError: a field is unknown, out of range, or contradicts another one.
+        ConfigError: a field is unknown, out of range, refused, or contradicts another one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Fields that mean nothing for the variant, each with why and what to do instead: all values
+    but the default are refused. A schema that extends another one has this from it."""
+
+    unplanned: ClassVar[Collection[str]] = ()
+    """The variant's own fields that its planner does not read, such as switches of a log: layers
+    that differ in nothing else share plans."""
 
     variant: str = "auto"
     """Name of the variant that this config is for; 'auto' leaves the choice to the registry."""
@@ -93,6 +104,24 @@ class RingAttentionConfig(BaseModel):
             raise ValueError("every entry must be >= 1")
         return numbers
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        for where, names in (("refused", cls.refused), ("unplanned", cls.unplanned)):
+            for name in set(names) - set(cls.model_fields):
+                raise ConfigError(
+                    f"{cls.__name__}.{where} names {name!r}, which is no field."
+                    f"{did_you_mean(name, cls.model_fields)}"
+                )
+
+    @model_validator(mode="after")
+    def _nothing_refused(self) -> Self:
+        for name, why in self.refused.items():
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f"{name}={value!r} means nothing here: {why}")
+        return self
+
     @model_validator(mode="after")
     def _one_rate_per_segment(self) -> Self:
         lengths, rates = self.segment_lengths, self.dilation_rates
@@ -112,6 +141,11 @@ class RingAttentionConfig(BaseModel):
     def given(self) -> dict[str, Any]:
         """The fields that were set explicitly, by name."""
         return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def planning(self) -> dict[str, Any]:
+        """The fields that a planner reads: attentions that are alike in them share plans."""
+        engines = common_fields() - {"variant", *PLANNED}
+        return self.model_dump(exclude={*engines, *self.unplanned})
 
     def of_variant(self, name: str) -> RingAttentionConfig:
         """What the plugin that brings variant ``name`` is asked with: this config, or that of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,9 @@ PLUGINS = "ring_core.plugins"
 
 ALLOW = "RING_PLUGINS"
 DISABLE = "RING_DISABLE_PLUGINS"
+
+_ALIKE = 0.8
+"""Groups that are alike to this degree are taken for one that was misspelled."""
 
 
 @dataclass
@@ -65,6 +69,16 @@ def discover() -> list[Found]:
     _apply_environment(found)
     _mark_conflicts(found)
     return found
+
+
+def misspelled() -> Iterator[tuple[PluginRow, str]]:
+    """Entry points in which nobody looks, since their group is only almost one of ours; and which
+    one that is. Runs no plugin's code."""
+    for entry_point in entry_points():
+        name = entry_point.group.lower().replace("attention", "core")  # as distributions are called
+        meant = difflib.get_close_matches(name, (VARIANTS, PLUGINS), 1, _ALIKE)
+        if meant and meant[0] != entry_point.group:
+            yield _row(entry_point, entry_point.group), meant[0]
 
 
 def _row(entry_point: EntryPoint, group: str) -> PluginRow:

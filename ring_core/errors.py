@@ -21,6 +21,10 @@ class InputError(RingError, ValueError):
     """A tensor, length or plan given to a call does not fit the attention or its plan."""
 
 
+class PlanError(RingError):
+    """A variant's planner named rows that its ranks do not hold: a defect of the variant."""
+
+
 class UnknownVariantError(RingError, LookupError):
     """No installed, enabled plugin brings a variant of that name."""
 

@@ -56,8 +56,10 @@ class Preset:
 class Observer:
     """Watches an attention at work by wrapping its parts as they are built.
 
-    A wrapper keeps the interface of what it wraps. It is not the place for a retry: a failure
-    belongs to the whole group, and a retry by one rank alone desynchronises its peers.
+    A wrapper keeps the interface of what it wraps: it is a subclass of
+    :class:`~ring_core.wrapping.WrappedCommunicator` or :class:`~ring_core.wrapping.WrappedKernel`.
+    It is not the place for a retry: a failure belongs to the whole group, and a retry by one rank
+    alone desynchronises its peers.
     """
 
     def communicator(self, communicator: Communicator) -> Communicator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -89,6 +89,14 @@ def zigzag(length: int, world: int) -> Layout:
     )
 
 
+LAYOUTS: Mapping[str, Callable[[int, int], Layout]] = {
+    "contiguous": contiguous,
+    "zigzag": zigzag,
+    "striped": striped,
+}
+"""Of a length and a number of ranks, by the name that the config field ``layout`` has for it."""
+
+
 def balanced(
     length: int, world: int, work: Callable[[range], int], tolerance: float = EVEN
 ) -> Layout:
@@ -132,6 +140,30 @@ def imbalance(layout: Layout, work: Callable[[range], float]) -> float:
     """
     loads = [sum(work(run) for run in runs) for runs in layout.rows]
     return max(loads) * layout.world / sum(loads) if sum(loads) else 1.0
+
+
+def layout_for(
+    name: str,
+    length: int,
+    world: int,
+    work: Callable[[range], int],
+    uneven: Callable[[], Layout] | None = None,
+) -> Layout:
+    """What the config field ``layout`` asks for.
+
+    ``auto`` is contiguous shards, which move the least data, as long as they are about even.
+
+    Args:
+        name: one of :data:`LAYOUTS`, or ``auto``.
+        work: the number of visible pairs that a run of queries has.
+        uneven: what ``auto`` is where contiguous shards are not even; None: :func:`balanced`.
+    """
+    if name != "auto":
+        return LAYOUTS[name](length, world)
+    near = contiguous(length, world)
+    if imbalance(near, work) <= EVEN:
+        return near
+    return balanced(length, world, work) if uneven is None else uneven()
 
 
 def joined(runs: Sequence[range]) -> tuple[range, ...]:

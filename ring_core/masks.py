@@ -30,6 +30,11 @@ class Mask(ABC):
     def count(self, nq: int, nk: int) -> int:
         """Number of visible pairs; the mean over heads, where they differ."""
 
+    def cost(self, nq: int, nk: int) -> tuple[str, int]:
+        """What a kernel goes through, for predictions: a name, alike for masks of which a pair
+        costs alike, and how many pairs that is; the mean over heads, where they differ."""
+        return type(self).__name__, self.count(nq, nk)
+
     def of_phases(self, phases: range) -> Mask:
         """This mask for some neighbouring ones of the phases of its tile's heads, where they see
         different keys."""
@@ -85,6 +90,12 @@ class Band(Mask):
         lower = 0 if self.lo is None else _pairs_up_to(self.lo - 1, nq, nk)
         return max(0, upper - lower)
 
+    def cost(self, nq: int, nk: int) -> tuple[str, int]:
+        lo, hi = self.bounds(nq, nk)
+        open_below, open_above = lo == -(nq - 1), hi == nk - 1
+        name = "full" if open_below and open_above else "triangle"
+        return name if open_below or open_above else "window", self.count(nq, nk)
+
     def bounds(self, nq: int, nk: int) -> tuple[int, int]:
         """Smallest and largest ``y - x`` that a visible pair of an nq x nk tile can have."""
         lo, hi = -(nq - 1), nk - 1
@@ -117,6 +128,9 @@ class Diagonal(Mask):
 
     def count(self, nq: int, nk: int) -> int:
         return sum(band.count(len(q), len(kv)) for q, kv, band in self.pieces)
+
+    def cost(self, nq: int, nk: int) -> tuple[str, int]:
+        return "documents", self.count(nq, nk)
 
 
 FULL = Band()

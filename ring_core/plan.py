@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ring_core.errors import PlanError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
 
@@ -59,6 +60,11 @@ class Rows:
             return range(self.start, self.start + len(self))
         return None
 
+    def extent(self, phases: int) -> range:
+        """From the first to the last of the rows of so many phases; there is at least one row."""
+        last = self.start + (self.repeat - 1) * self.stride + (self.count - 1) * self.step
+        return range(self.start, last + (phases - 1) * self.slant + 1)
+
     def chosen(self, which: range) -> Rows:
         """Some neighbouring ones of the ``count`` rows, in every repetition."""
         return replace(self, start=self.start + which.start * self.step, count=len(which))
@@ -101,6 +107,9 @@ class Segments(Rows):
     @property
     def span(self) -> None:
         return None
+
+    def extent(self, phases: int) -> range:
+        return range(self.runs[0].start, self.runs[-1].stop)
 
     def indices(self) -> list[int]:
         return [row for run in self.runs for row in run]
@@ -207,7 +216,8 @@ class Plan(ABC):
         """Tiles of ``rank``'s queries with ``owner``'s keys; ``kv`` counts in the owner's shard.
 
         Every visible pair stands in exactly one tile of exactly one (rank, owner), or in as many
-        tiles as it counts in the softmax; tiles that see nothing are left out.
+        tiles as it counts in the softmax. Tiles whose mask lets nothing through are left out; those
+        without rows may stay. Rows are those that the ranks own: padding is in no tile.
         """
 
     def for_heads(self, kv_heads: int) -> Plan:
@@ -360,6 +370,25 @@ class ForHeads(Plan):
         if 0 < more < phases:  # the last heads do not go through all phases
             return [tile.only(range(more)), tile.only(range(more, phases))]
         return [tile]
+
+
+def check_tiles(plan: Plan, rank: int, owner: int, tiles: Sequence[Tile]) -> None:
+    """Check that ``tiles``, which the plan gave for ``rank`` and ``owner``, name rows of theirs.
+
+    Raises:
+        PlanError: one does not; names the planner, its rows, and how many there are.
+    """
+    queries, keys = plan.queries.owned(rank), plan.keys.owned(owner)
+    for tile in tiles:
+        q, kv = (rows.extent(tile.heads.phases) for rows in (tile.q, tile.kv))
+        if min(q.start, kv.start) < 0 or q.stop > queries or kv.stop > keys:
+            planner = plan.whole if isinstance(plan, ForHeads) else plan
+            raise PlanError(
+                f"{type(planner).__qualname__}.tiles(rank={rank}, owner={owner}): a tile has query "
+                f"rows {q.start} to {q.stop - 1} and key rows {kv.start} to {kv.stop - 1}, and "
+                f"rank {rank} holds {queries} queries, rank {owner} {keys} keys. Rows count in "
+                "shards, from 0, without padding: see Layout.owned and ring_core.tiling.runs_of"
+            )
 
 
 def _held(tile: Tile, held: range) -> list[Tile]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ring_core.masks import Diagonal
 from ring_core.plan import ForHeads, HeldHeads, Plan, Tile
 from ring_core.protocols import AttentionKernel
-from ring_core.rounds import Part, Round, rounds
+from ring_core.rounds import Part, Round, check, rounds
 
 _REPETITIONS = 32768
 """Of a tile, times batch rows, in one kernel call; CUDA's grids end at 65535."""
@@ -50,11 +50,12 @@ class Program:
         """
         usual = usual or kernel
         plan = ForHeads.of(plan, kv_heads, apart, held)
+        check(plan, rank)
         rounded = _rounded(plan, usual, shards) if usual.rounds else {}
         lowered = (
             replace(
                 one,
-                tiles=tuple(kernel.lower(_parted(one.tiles, batch))),
+                tiles=tuple(kernel.lower(parted(one.tiles, batch))),
                 steps=tuple(
                     replace(step, rounded=rounded.get(step.offset, False)) for step in one.steps
                 ),
@@ -64,7 +65,7 @@ class Program:
         return Program(plan, rank, kernel, tuple(lowered))
 
 
-def _parted(tiles: Sequence[Tile], batch: int) -> list[Tile]:
+def parted(tiles: Sequence[Tile], batch: int) -> list[Tile]:
     """Tiles of very many repetitions in parts."""
     parts = []
     for tile in tiles:
@@ -88,12 +89,12 @@ def _rounded(plan: Plan, kernel: AttentionKernel, shards: float) -> dict[int, bo
         for one in rounds(plan, peer, shards, kernel.rounds):
             tiles = kernel.lower(one.tiles)
             for step in one.steps:
-                once = _read_once(tiles, step.parts)
+                once = read_once(tiles, step.parts)
                 rounded[step.offset] = rounded.get(step.offset, True) and once
     return rounded
 
 
-def _read_once(tiles: Sequence[Tile], parts: Sequence[Part]) -> bool:
+def read_once(tiles: Sequence[Tile], parts: Sequence[Part]) -> bool:
     """Whether no row of ``parts`` is read by two tiles."""
     for part in parts:
         inside = []

@@ -134,6 +134,12 @@ class Communicator(Protocol):
     shards: ClassVar[float]
     """How many shards' worth of fetched keys its rounds may hold; see
     :func:`ring_core.rounds.rounds`."""
+    group: Any
+    """The process group. Rounds name peers by their place in it."""
+    rank: int
+    """This process's place in the group."""
+    world: int
+    """Ranks in the group."""
     counters: Counters
 
     def __init__(self, group: Any, timeout: float) -> None: ...

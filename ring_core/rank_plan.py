@@ -15,7 +15,8 @@ from ring_core.errors import InputError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
 from ring_core.operator import number_of
-from ring_core.plan import HeldHeads, Plan
+from ring_core.plan import ForHeads, HeldHeads, Plan
+from ring_core.rounds import check
 from ring_core.sequences import Sequences
 
 
@@ -53,6 +54,7 @@ class RankPlan:
         self.group = group
         self.rank, self.world = groups.rank_and_world(group)
         self.rearranged = None if within else self._rearranged()
+        self._checked: set[int] = set()
         self.number = number_of(self, keep=True)
 
     def __repr__(self) -> str:
@@ -68,6 +70,16 @@ class RankPlan:
         self.__dict__.update(state)
         self.group = None if state["group"] is None else groups.by_name(state["group"])
         self.number = number_of(self, keep=True)
+
+    def check(self, kv_heads: int) -> None:
+        """Check this rank's tiles for tensors of so many KV heads; once.
+
+        Raises:
+            PlanError: one has rows that its rank or the keys' owner does not hold.
+        """
+        if kv_heads not in self._checked:
+            check(ForHeads.of(self.plan, kv_heads), self.rank)
+            self._checked.add(kv_heads)
 
     @property
     def local_len(self) -> int:

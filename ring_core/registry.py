@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import pkgutil
+import sys
 import threading
 import warnings
 from collections.abc import Mapping
@@ -248,7 +249,7 @@ class Registry:
                     f"variant {name!r} is now called {current!r}; the old name goes in version "
                     f"{variant.retired_names[name]}",
                     DeprecationWarning,
-                    stacklevel=4,
+                    stacklevel=_callers_level(),
                 )
                 return current
         return name
@@ -299,14 +300,23 @@ class Registry:
         )
 
     def _attention_class(self, name: str, variant: Variant) -> type[BaseRingAttention]:
+        row = self._found().row(name)
+        origin = row.origin if row else name
         try:
-            return pkgutil.resolve_name(variant.attention)  # type: ignore[no-any-return]
+            found: type[BaseRingAttention] = pkgutil.resolve_name(variant.attention)
+            named, schema = variant.config, found.config_class
         except Exception as error:
-            row = self._found().row(name)
             raise PluginLoadError(
-                f"{row.origin if row else name} failed to import {variant.attention!r}: "
-                f"{type(error).__name__}: {error}"
+                f"{origin} failed to import {variant.attention!r}: {type(error).__name__}: {error}"
             ) from error
+        # A class may serve schemas that extend its own; all of them extend the common one.
+        forgotten = schema is RingAttentionConfig and named is not RingAttentionConfig
+        if forgotten or not issubclass(named, schema):
+            raise PluginLoadError(
+                f"{origin}: Variant.config is {named.__name__}, and {variant.attention!r} has "
+                f"config_class = {schema.__name__}: give both the variant's own schema"
+            )
+        return found
 
 
 def _extends(schema: type[RingAttentionConfig], other: type[RingAttentionConfig]) -> bool:
@@ -325,6 +335,17 @@ def _given(config: RingAttentionConfig | Mapping[str, Any] | None) -> dict[str, 
     raise ConfigError(
         f"a config is a RingAttentionConfig or a mapping, not {type(config).__name__}"
     )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` by which a warning points to the first line outside this package.
+
+    Python shows a DeprecationWarning only where it points into the program itself.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_globals.get("__name__", "").startswith("ring_core.") and frame.f_back:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _spans_hosts(group: Any) -> bool:

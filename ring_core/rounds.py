@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ring_core.masks import FULL, Band
-from ring_core.plan import ALL_HEADS, ForHeads, Heads, Plan, Rows, Segments, Tile
+from ring_core.plan import ALL_HEADS, ForHeads, Heads, Plan, Rows, Segments, Tile, check_tiles
 from ring_core.tiling import hull, merge_tiles
 
 _WAITING = 4
@@ -102,7 +102,7 @@ def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[R
     """
     groups = _offsets(plan, shards)
     gather = _waited_for if waits and len(groups) == 1 else _gathered
-    own = gather(plan, rank, groups[0]).own if groups else _tiles(plan, rank, rank)
+    own = gather(plan, rank, groups[0]).own if groups else tiles_of(plan, rank, rank)
     done = [Round(0, 0, (), (), own)]
     for offsets in groups:
         mine = gather(plan, rank, offsets)
@@ -125,6 +125,16 @@ def rounds(plan: Plan, rank: int, shards: float, waits: bool = False) -> tuple[R
         if shards > 1 or mine.tiles or any(step.give for step in steps):
             done.append(Round(offsets[0], len(done), tuple(steps), mine.blocks, mine.tiles))
     return tuple(done)
+
+
+def check(plan: Plan, rank: int) -> None:
+    """Check what the planner gives for ``rank``.
+
+    Raises:
+        PlanError: a tile has rows that its rank or the keys' owner does not hold.
+    """
+    for owner in range(plan.world):
+        check_tiles(plan, rank, owner, tiles_of(plan, rank, owner))
 
 
 def elements_fetched(plan: Plan, rank: int, kv_heads: int) -> int:
@@ -218,7 +228,7 @@ def _gathered(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
         _Read(tile, place, source)
         for place, t in enumerate(offsets)
         for source in [(rank - t) % plan.world]
-        for tile in _tiles(plan, rank, source)
+        for tile in tiles_of(plan, rank, source)
     ]
     parts: list[list[Part]] = [[] for _ in offsets]
     blocks: list[Block] = []
@@ -236,13 +246,14 @@ def _gathered(plan: Plan, rank: int, offsets: tuple[int, ...]) -> _Gathered:
         found = [replace(read.tile, kv=kv, block=len(blocks)) for read, kv in placed]
         tiles += merge_tiles(found) if len(offsets) > 1 else found
         blocks.append(Block(heads, tuple(members), row))
-    own = _tiles(plan, rank, rank)
+    own = tiles_of(plan, rank, rank)
     return _Gathered(offsets, tuple(map(tuple, parts)), tuple(blocks), tuple(tiles), own)
 
 
 @lru_cache(maxsize=1024)
-def _tiles(plan: Plan, rank: int, owner: int) -> tuple[Tile, ...]:
-    return tuple(plan.tiles(rank, owner))
+def tiles_of(plan: Plan, rank: int, owner: int) -> tuple[Tile, ...]:
+    """The plan's tiles, but those without rows; kept."""
+    return tuple(tile for tile in plan.tiles(rank, owner) if len(tile.q) and len(tile.kv))
 
 
 @lru_cache(maxsize=1024)

@@ -6,10 +6,16 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from ring_core.errors import InputError
 from ring_core.tiling import Document
+
+Kind = Literal["packed", "padded", "cross"]
+"""Of sequences that are more than one whole one; packed documents with keys of their own are two of
+them."""
+
+_ASKED_BY = {"packed": "cu_seqlens", "padded": "lengths", "cross": "kv_len or kv_cu_seqlens"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,27 @@ class Sequences:
     def batch(self) -> int:
         """Batch rows that the documents speak of; 1 where all rows are alike."""
         return 1 if self.lengths is None else len(self.lengths)
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """What these are beside one whole sequence that attends to itself."""
+        whole = Document(range(self.q_len), range(self.kv_len))
+        found: dict[Kind, bool] = {
+            "packed": self.lengths is None and self.documents != (whole,),
+            "padded": self.lengths is not None,
+            "cross": self.cross,
+        }
+        return frozenset(kind for kind, is_so in found.items() if is_so)
+
+    def refuse(self, *kinds: Kind, why: str) -> None:
+        """What a planner calls that knows no sequences of these kinds.
+
+        Raises:
+            InputError: these are of one; names the argument of ``plan`` that asked for it, and why.
+        """
+        for kind in kinds:
+            if kind in self.kinds:
+                raise InputError(f"{_ASKED_BY[kind]}: {why}")
 
     @staticmethod
     def build(

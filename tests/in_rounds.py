@@ -8,20 +8,17 @@ import torch
 from ring_attention_standard.kernels.eager import Eager
 from ring_attention_standard.kernels.varlen import joined
 
+from ring_core import WrappedKernel
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.testing import Case, Worker
 from ring_core.testing.case import Result, gathered
 from ring_core.testing.tasks import build
 
 
-class Rounding:
+class Rounding(WrappedKernel):
     """A kernel whose results come in the inputs' dtype; exact where that is float64."""
 
-    def __init__(self, kernel):
-        self.kernel, self.rounds = kernel, True
-
-    def __getattr__(self, name):
-        return getattr(self.kernel, name)
+    rounds = True
 
 
 class Joining(Eager):

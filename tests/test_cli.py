@@ -25,14 +25,12 @@ from ring_core.registry import registry
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Install a distribution with one variant, as pip would, for the length of a test."""
 
-    def install(name: str, code: str) -> None:
+    def install(name: str, code: str, group: str = "ring_core.variants") -> None:
         (tmp_path / f"{name}_plugin.py").write_text(code)
         metadata = tmp_path / f"{name}-1.0.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text(
-            f"[ring_core.variants]\n{name} = {name}_plugin\n"
-        )
+        (metadata / "entry_points.txt").write_text(f"[{group}]\n{name} = {name}_plugin\n")
         registry.refresh()
 
     monkeypatch.syspath_prepend(tmp_path)
@@ -126,6 +124,32 @@ def test_doctor_fails_for_a_broken_plugin_and_says_what_to_do(
     assert "pip install --force-reinstall broken" in shown
     assert "1 problem(s)" in shown
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("group", "meant"),
+    [
+        ("ring_core.variant", "ring_core.variants"),
+        ("ring-core.variants", "ring_core.variants"),
+        ("ring_core_variants", "ring_core.variants"),
+        ("ring_attention.plugins", "ring_core.plugins"),
+        ("other_core.plugins", None),
+    ],
+)
+def test_doctor_finds_entry_points_of_misspelled_groups(
+    capsys: pytest.CaptureFixture[str],
+    installed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    meant: str | None,
+) -> None:
+    installed("mine", "raise OSError('not to be run')", group)
+    monkeypatch.setattr(checks, "_smoke_runs", lambda: iter([ok("run", "left out")]))
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    said = f"warning entry point mine: mine 1.0: group {group!r} is not {meant!r}"
+    assert (said in shown) == (meant is not None)
+    assert (f'write [project.entry-points."{meant}"]' in shown) == (meant is not None)
 
 
 def test_doctor_without_torch_stops_there(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import pytest
 import yaml
-from ring_attention_standard import StandardConfig
+from ring_attention_standard import StandardConfig, StandardRingAttention
 
 from ring_core import Registry, RingAttentionConfig, Variant, hookimpl, registry
+from ring_core.cli.fields import field_rows
+from ring_core.config import PLANNED
 from ring_core.errors import ConfigError, RingError
 
 EVERYTHING = {
@@ -46,6 +49,10 @@ def test_frozen():
         RingAttentionConfig().causal = True
 
 
+class BaseAttention(StandardRingAttention):
+    config_class = RingAttentionConfig
+
+
 class Base:
     """A variant whose schema is the common one."""
 
@@ -53,7 +60,7 @@ class Base:
 
     @hookimpl
     def ring_variant(self):
-        return Variant(RingAttentionConfig, "ring_attention_standard:StandardRingAttention")
+        return Variant(RingAttentionConfig, f"{__name__}:BaseAttention")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +104,72 @@ def test_a_bad_field_is_named(base_registry, fields, text, via):
             )
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, RingError)
+
+
+class Picky(StandardConfig):
+    """A schema that refuses some fields, and one that no plan depends on."""
+
+    refused: ClassVar = {
+        "causal": "there is no order; leave it out",
+        "segment_lengths": "nothing is dilated",
+        "softmax_scale": "it is learnt",
+    }
+    unplanned = ("loud",)
+
+    loud: bool = False
+    """Whether something is told."""
+
+    sharp: bool = False
+    """Whether something is seen."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"causal": True}, r"causal=True means nothing here: there is no order; leave it out"),
+        (
+            {"segment_lengths": [4]},
+            r"segment_lengths=\(4,\) means nothing here: nothing is dilated",
+        ),
+        ({"softmax_scale": 0.5}, r"softmax_scale=0.5 means nothing here: it is learnt"),
+    ],
+)
+def test_what_a_schema_refuses_is_told_with_its_reason(fields, text):
+    with pytest.raises(ConfigError, match=text):
+        Picky(**fields)
+
+
+def test_the_defaults_of_refused_fields_may_be_written_down():
+    assert Picky(causal=False, softmax_scale=None, loud=True) == Picky(loud=True)
+    assert Picky.from_yaml(Picky(window=(1, 2)).to_yaml()) == Picky(window=(1, 2))
+    shown = {row.name: row.description for row in field_rows(Picky)}
+    assert shown["causal"] == "Refused: there is no order; leave it out"
+    assert shown["window"].startswith("(left, right)")
+
+
+@pytest.mark.parametrize("where", ["refused", "unplanned"])
+def test_a_schema_that_names_no_field_of_its_own_is_no_schema(where):
+    with pytest.raises(ConfigError, match=rf"Wrong.{where} names 'causl'.*Did you mean 'causal'"):
+        type("Wrong", (RingAttentionConfig,), {where: {"causl": "why"}})
+
+
+def test_plans_depend_on_what_planners_read():
+    plain = Picky().planning()
+    assert set(plain) == {"variant", "sharp", *PLANNED}
+    for fields in ({"loud": True}, {"timeout": 3}, {"dropout": 0.1}, {"kernel": "reference"}):
+        assert Picky(**fields).planning() == plain
+    for fields in ({"sharp": True}, {"window": (1, 1)}, {"layout": "zigzag"}):
+        assert Picky(**fields).planning() != plain
+
+
+def test_a_mesh_plans_as_what_it_wraps():
+    inner = {"variant": "blocksparse", "patterns": [{"kind": "sink", "n": 4}]}
+    schema = registry.variant("distributed").config
+    plain = schema(inner=inner, causal=True)
+    for fields in ({"retries": 2}, {"monitor": True}, {"ulysses": 2}, {"timeout": 3}):
+        assert schema(inner=inner, causal=True, **fields).planning() == plain.planning()
+    assert schema(inner=inner).planning() != plain.planning()
+    assert schema(causal=True).planning() != plain.planning()
 
 
 def test_branches_in_no_order_are_refused():

@@ -254,7 +254,7 @@ def test_another_variant_dilates_with_the_same_planner():
 
 def test_dilated_cross_attention_is_refused_by_name():
     attention = registry.create("standard", segment_lengths=[8], dilation_rates=[2])
-    with pytest.raises(InputError, match=r"segment_lengths=\[8\] with kv_len.*not defined"):
+    with pytest.raises(InputError, match=r"kv_len.*not defined; leave segment_lengths=\[8\]"):
         attention.plan(16, kv_len=20)
 
 

@@ -280,11 +280,11 @@ class HalfRounding(Rounding):
     name = "half_rounding"
 
     def forward(self, q, *arguments, **options):
-        out, lse = self.kernel.forward(q, *arguments, **options)
+        out, lse = self.inner.forward(q, *arguments, **options)
         return out.to(q.dtype), lse
 
     def backward(self, dout, q, *arguments, **options):
-        found = self.kernel.backward(dout, q, *arguments, **options)
+        found = self.inner.backward(dout, q, *arguments, **options)
         return tuple(x.to(q.dtype) for x in found)
 
 

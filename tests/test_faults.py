@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ring_core import Observer, hookimpl, reference, registry
+from ring_core import Observer, WrappedCommunicator, hookimpl, reference, registry
 from ring_core.testing import RankPool, Worker
 
 TIMEOUT = 2.0
@@ -74,22 +74,20 @@ class Wrapping(Observer):
         return Wrapped(communicator, self._saboteur)
 
 
-class Wrapped:
+class Wrapped(WrappedCommunicator):
     """A communicator before whose transfers the saboteur is asked."""
 
     def __init__(self, inner: Any, saboteur: Saboteur) -> None:
-        self._inner, self._saboteur = inner, saboteur
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        super().__init__(inner)
+        self._saboteur = saboteur
 
     def fetch(self, *transfer: Any) -> Any:
         self._saboteur.strike()
-        return self._inner.fetch(*transfer)
+        return super().fetch(*transfer)
 
     def give_back(self, *transfer: Any) -> Any:
         self._saboteur.strike()
-        return self._inner.give_back(*transfer)
+        return super().give_back(*transfer)
 
 
 def drop(before: set[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,18 @@ import pytest
 import torch
 from ring_attention_standard.config import StandardConfig
 
-from ring_core import Observer, RingAttentionConfig, Variant, hookimpl, registry
+from ring_core import (
+    Observer,
+    RingAttentionConfig,
+    Variant,
+    WrappedCommunicator,
+    WrappedKernel,
+    hookimpl,
+    registry,
+)
 from ring_core.errors import PluginLoadError
+from ring_core.protocols import Communicator, Pending
+from ring_core.testing import RankPool, Worker
 
 
 @pytest.fixture
@@ -65,6 +76,47 @@ def test_an_observer_that_returns_nothing_is_named(registered) -> None:
     registered("forgetful", Wrong("ring_observers", [Forgetful()]))
     with pytest.raises(PluginLoadError, match=r"Forgetful returned None from kernel\(\)"):
         registry.create("standard")(*torch.randn(3, 1, 4, 1, 8))
+
+
+class Passing(WrappedCommunicator):
+    """Counts the calls of one method."""
+
+    fetched = 0
+
+    def fetch(self, *transfer: Any) -> Pending:
+        self.fetched += 1
+        return super().fetch(*transfer)
+
+
+def wrapped(worker: Worker) -> dict[str, Any]:
+    """Of a call by wrapped parts: what was asked of them, and what a wrapper passes on."""
+    attention = registry.create("standard", group=worker.group)
+    runtime, plan = attention.runtime, attention.plan(6)
+    plain, kernel = attention.communicator(plan), runtime.kernel
+    passing = Passing(plain)
+    runtime._communicators[worker.group]["cpu"] = passing
+    runtime.kernel = lambda problem: WrappedKernel(kernel(problem))  # type: ignore[method-assign]
+    q = torch.ones(1, plan.local_len, 1, 8, dtype=torch.float64, requires_grad=True)
+    attention(q, q, q, plan=plan).sum().backward()
+    names = ("group", "rank", "world", "name", "priority", "shards", "counters", "buffers")
+    return {
+        "fetched": passing.fetched,
+        "sent": passing.counters.bytes_sent,
+        "alike": [getattr(passing, name) is getattr(plain, name) for name in names],
+        "kinds": [isinstance(one, Communicator) for one in (plain, passing)],
+        "copied": copy.copy(passing).inner is plain,
+        "refused": Passing.refuse(worker.group, worker.device),
+    }
+
+
+def test_a_wrapper_has_all_that_it_wraps(cpu_pool: RankPool) -> None:
+    for found in cpu_pool.run(wrapped, world=2, fresh=True):
+        assert found["fetched"] == 2
+        assert found["sent"] > 0
+        assert all(found["alike"])
+        assert found["kinds"] == [True, True]
+        assert found["copied"]
+        assert found["refused"] == "wraps another communicator"
 
 
 class Mine(StandardConfig):

@@ -12,10 +12,14 @@ import pytest
 import torch
 from ring_attention_distributed.checkpoints import Checkpoints
 
-from ring_core import errors, registry
+from ring_core import BaseRingAttention, errors, registry
 from ring_core.cli import main
 from ring_core.demo.document import load
 from ring_core.errors import RingError
+from ring_core.layout import contiguous
+from ring_core.masks import FULL
+from ring_core.plan import Plan, Rows, Tile
+from ring_core.sequences import Sequences
 from ring_core.store import ask
 from ring_core.testing import RankPool, Worker
 
@@ -37,6 +41,21 @@ def twice(*_: Any) -> None:
 def nan(*_: Any) -> None:
     q, k, v = inputs(1, 4, 1, 8)
     registry.create("distributed", check_finite=True)(q, k * torch.inf, v)
+
+
+def outside(*_: Any) -> None:
+    Outside()(*inputs(1, 4, 1, 8))
+
+
+class OutsidePlan(Plan):
+    def tiles(self, rank: int, owner: int) -> list[Tile]:
+        return [Tile(Rows(0, 4), Rows(0, 5), FULL)]
+
+
+class Outside(BaseRingAttention):
+    def make_plan(self, sequences: Sequences, world: int) -> OutsidePlan:
+        layout = contiguous(sequences.q_len, world)
+        return OutsidePlan(layout, layout)
 
 
 def lost(*_: Any) -> None:
@@ -103,6 +122,10 @@ ALONE: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "InputError": (
         lambda: registry.create("standard")(*inputs(4, 1, 8)),
         ["q (4, 1, 8)", "expected [batch, rows, heads, head_dim]"],
+    ),
+    "PlanError": (
+        outside,
+        ["OutsidePlan.tiles(rank=0, owner=0)", "key rows 0 to 4", "rank 0 4 keys", "Layout.owned"],
     ),
     "UnknownVariantError": (
         lambda: registry.create("standrad"),

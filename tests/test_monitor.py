@@ -15,7 +15,7 @@ import torch
 from ring_attention_distributed.top import Logs
 from ring_attention_distributed.watching import Watched
 
-from ring_core import Observer, hookimpl, registry
+from ring_core import Observer, WrappedKernel, hookimpl, registry
 from ring_core.cli import main
 from ring_core.errors import ConfigError
 from ring_core.rounds import elements_fetched, elements_sent
@@ -128,16 +128,10 @@ class Slow:
         return [Sleepy()]
 
 
-class Sleeping:
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernel, name)
-
+class Sleeping(WrappedKernel):
     def forward(self, *tensors: Any, **options: Any) -> Any:
         time.sleep(0.05)
-        return self._kernel.forward(*tensors, **options)
+        return super().forward(*tensors, **options)
 
 
 def straggling(worker: Worker, slow: int) -> list[tuple[float, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from ring_core.plan import ForHeads
 from ring_core.program import Program
 from ring_core.rounds import elements_sent, rounds
 from ring_core.sequences import Sequences
+from ring_core.testing.pairs import count_tile, times_computed
 
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped")
 sides = st.one_of(st.none(), st.integers(0, 80))
@@ -106,34 +109,13 @@ def _nothing(sequences, kv_heads):
 
 def _computed(plan, sequences, kv_heads=1):
     """How often the plan's tiles compute each pair: int32 [batch, kv_heads, q_len, kv_len]."""
-    times = _nothing(sequences, kv_heads)
-    for rank in range(plan.world):
-        own = plan.queries.positions(rank)
-        for owner in range(plan.world):
-            theirs = plan.keys.positions(owner)
-            for tile in plan.tiles(rank, owner):
-                seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
-                assert int(seen.sum()) * tile.q.repeat == tile.pairs
-                assert seen.any(0).all(), "a key that nobody sees stands in the tile"
-                assert seen.any(1).all(), "a query that sees nothing stands in the tile"
-                _count(times, own, tile, theirs)
-    return times
-
-
-def _count(times, own, tile, keys):
-    """Add the pairs that a tile computes; ``own``, ``keys``: tokens of the rows it counts in."""
-    seen = tile.mask.visible(range(tile.q.count), tile.kv.count).int()
-    for phase in range(tile.heads.phases):
-        one = tile.only(range(phase, phase + 1))
-        queries = own[one.q.indices()].view(tile.q.repeat, tile.q.count)
-        there = keys if keys.ndim == 1 else keys[phase]  # of own rows, or of a block's
-        there = there[one.kv.indices()].view(tile.kv.repeat, tile.kv.count)
-        assert (queries >= 0).all()
-        assert (there >= 0).all()
-        for row in tile.batch or range(times.shape[0]):
-            for head in range(times.shape[1])[one.heads.start :: one.heads.step]:
-                for i, j in zip(queries, there, strict=True):
-                    times[row, head, i[:, None], j] += seen
+    for rank, owner in product(range(plan.world), repeat=2):
+        for tile in plan.tiles(rank, owner):
+            seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
+            assert int(seen.sum()) * tile.q.repeat == tile.pairs
+            assert seen.any(0).all(), "a key that nobody sees stands in the tile"
+            assert seen.any(1).all(), "a query that sees nothing stands in the tile"
+    return times_computed(plan, sequences.batch, kv_heads)
 
 
 @given(configs, sequence_arguments(), st.integers(1, 40))
@@ -200,7 +182,7 @@ def test_rounds_compute_each_pair_once_from_rows_that_were_fetched(asked, shards
             blocks = [plan.keys.positions(rank)] if one.index == 0 else _blocks(plan, one)
             held.append(_held(one))
             for tile in one.tiles:
-                _count(times, own, tile, blocks[tile.block])
+                count_tile(times, tile, own, blocks[tile.block])
             for step in one.steps:
                 theirs = rounds(plan, step.requester, shards, waits)
                 asked = [s for o in theirs for s in o.steps if s.offset == step.offset]
@@ -241,7 +223,7 @@ def test_what_kernels_make_of_tiles_computes_each_pair_once(asked, shards, kerne
         for one in program.rounds:
             blocks = _blocks(plan, one) if one.index else [plan.keys.positions(rank)]
             for tile in one.tiles:
-                _count(times, own, tile, blocks[tile.block])
+                count_tile(times, tile, own, blocks[tile.block])
     assert torch.equal(times, _definition(config, sequences, arguments, KV_HEADS))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from ring_core import reference
-from ring_core.testing import RankPool, Worker
+from ring_core import BaseRingAttention, reference
+from ring_core.errors import ConfigError, InputError
+from ring_core.sequences import Sequences
+from ring_core.testing import RankPool, Worker, check_pairs
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -41,26 +45,58 @@ def test_the_usage_example(cpu_pool: RankPool) -> None:
         assert (whole - expected).abs().max() < 1e-5
 
 
-def run_own_variant(worker: Worker, code: str) -> torch.Tensor:
+def own_variant(**options: Any) -> BaseRingAttention:
     names: dict[str, Any] = {"__name__": __name__}
-    exec(code, names)
-    attention = names["NeighbourAttention"](group=worker.group)
+    exec(example("NeighbourPlan"), names)
+    attention: BaseRingAttention = names["NeighbourAttention"](**options)
+    return attention
+
+
+def run_own_variant(worker: Worker) -> torch.Tensor:
+    attention = own_variant(group=worker.group, block=5)
     plan = attention.plan(23)
     torch.manual_seed(0)
     x = torch.randn(1, 23, 2, 8, dtype=torch.float64)
     return plan.unshard(attention(*3 * [plan.shard(x)], plan=plan))
 
 
+def seen_by_own_variant(length: int) -> torch.Tensor:
+    block = torch.arange(length) // 5
+    return (block[:, None] == block) | (block[:, None] == block + 1)
+
+
 def test_the_variant_of_your_own(cpu_pool: RankPool) -> None:
-    """A planner and nothing else: exact where it says a query sees a key."""
-    world = 3
-    out = cpu_pool.run(run_own_variant, example("NeighbourPlan"), world=world)
+    """A planner and little else: exact where it says a query sees a key, on any number of ranks."""
     torch.manual_seed(0)
     x = torch.randn(1, 23, 2, 8, dtype=torch.float64)
-    owner = torch.tensor([(3 * i + 2) // 23 for i in range(23)])
-    seen = (owner[:, None] == owner) | (owner[:, None] == owner + 1)
-    expected = reference.attention(x, x, x, seen)[0]
+    expected = reference.attention(x, x, x, seen_by_own_variant(23))[0]
+    out = cpu_pool.run(run_own_variant, world=3)
     assert all(torch.allclose(one, expected, atol=1e-10) for one in out)
+    for length, world in product((1, 5, 37), (1, 2, 8)):
+        plan = own_variant(block=5).make_plan(Sequences.build(length), world)
+        check_pairs(plan, seen_by_own_variant(length)[None, None])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"causal": True}, {"window": (1, 1)}, {"layout": "zigzag"}, {"inexistent": 1}]
+)
+def test_the_variant_of_your_own_ignores_no_field(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        own_variant(**fields)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"cu_seqlens": [0, 7, 23]}, "cu_seqlens"),
+        ({"seq_len": 9, "lengths": [9, 3]}, "lengths"),
+        ({"seq_len": 9, "kv_len": 12}, "kv_len"),
+        ({"cu_seqlens": [0, 9], "kv_cu_seqlens": [0, 12]}, "kv_cu_seqlens"),
+    ],
+)
+def test_the_variant_of_your_own_ignores_no_sequence(asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=f"{named}.*: blocks are cut from one sequence"):
+        own_variant().plan(**asked)
 
 
 def test_links_lead_somewhere() -> None:

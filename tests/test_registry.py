@@ -16,7 +16,16 @@ import torch
 from ring_attention_standard import StandardConfig, StandardRingAttention
 
 import ring_core
-from ring_core import Preset, Registry, RingAttentionConfig, Variant, hookimpl, hookspec, registry
+from ring_core import (
+    BaseRingAttention,
+    Preset,
+    Registry,
+    RingAttentionConfig,
+    Variant,
+    hookimpl,
+    hookspec,
+    registry,
+)
 from ring_core.catalogue import PIP_NAMES
 from ring_core.errors import (
     ConfigError,
@@ -200,6 +209,10 @@ class MineAttention(StandardRingAttention):
     config_class = OneField
 
 
+class ForgetfulAttention(BaseRingAttention):
+    """One whose author did not name the schema."""
+
+
 class InProcess:
     """A plugin object without packaging, which answers to whatever name it is registered by."""
 
@@ -252,6 +265,44 @@ class TestRegister:
         own.register(InProcess(), name="mine")
         with pytest.warns(DeprecationWarning, match=r"'older' is now called 'mine'.*version 2.0"):
             assert own.variant("older").config is OneField
+
+    @pytest.mark.parametrize(
+        ("config", "attention", "said"),
+        [
+            (
+                OneField,
+                "ForgetfulAttention",
+                r"is OneField.*has config_class = RingAttentionConfig",
+            ),
+            (
+                RingAttentionConfig,
+                "MineAttention",
+                r"is RingAttentionConfig.*config_class = OneField",
+            ),
+            (StandardConfig, "MineAttention", r"is StandardConfig.*has config_class = OneField"),
+        ],
+    )
+    def test_two_schemas_for_one_variant_are_named(self, own, config, attention, said):
+        class Torn(InProcess):
+            @hookimpl
+            def ring_variant(self):
+                return Variant(config=config, attention=f"{__name__}:{attention}")
+
+        own.register(Torn(), name="torn")
+        with pytest.raises(PluginLoadError, match=rf"register\('torn'\).*: Variant.config {said}"):
+            own.create("torn")
+
+    def test_a_class_serves_schemas_that_extend_its_own(self, own):
+        class Finer(OneField):
+            variant: str = "finer"
+
+        class Bringer(InProcess):
+            @hookimpl
+            def ring_variant(self):
+                return Variant(config=Finer, attention=f"{__name__}:MineAttention")
+
+        own.register(Bringer(), name="finer")
+        assert type(own.create("finer", sharpness=3.0).config) is Finer
 
     def test_an_outdated_plugin_names_both_versions(self, own):
         class Old(InProcess):
@@ -402,19 +453,16 @@ class TestBrokenPlugins:
             "watcher-dist",
             "watcher",
             """
-            from ring_core import Observer, hookimpl
+            from ring_core import Observer, WrappedKernel, hookimpl
             RING_HOOK_API = 1
             calls = []
+            class Counted(WrappedKernel):
+                def forward(self, *args, **options):
+                    calls.append(1)
+                    return super().forward(*args, **options)
             class Counting(Observer):
                 def kernel(self, kernel):
-                    class Wrapped:
-                        name, priority = kernel.name, kernel.priority
-                        supports_dropout, rounds = kernel.supports_dropout, kernel.rounds
-                        lower, backward = kernel.lower, kernel.backward
-                        def forward(self, *args, **options):
-                            calls.append(1)
-                            return kernel.forward(*args, **options)
-                    return Wrapped()
+                    return Counted(kernel)
             @hookimpl
             def ring_observers():
                 return [Counting()]

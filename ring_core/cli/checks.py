@@ -16,7 +16,7 @@ from packaging.version import Version
 from ring_core.choice import choose
 from ring_core.cli.findings import Finding, ok, problem, warning
 from ring_core.config import RingAttentionConfig
-from ring_core.discovery import VARIANTS, PluginRow
+from ring_core.discovery import VARIANTS, PluginRow, misspelled
 from ring_core.errors import RingError
 from ring_core.registry import registry
 
@@ -149,6 +149,13 @@ def _plugins() -> Iterator[Finding]:
         yield problem("plugins", "no variant is installed", "pip install ring-attention-standard")
     for row in rows:
         yield _plugin(row)
+    for row, meant in misspelled():
+        yield warning(
+            f"entry point {row.name}",
+            f"{row.distribution} {row.version}: group {row.group!r} is not {meant!r}, so nothing "
+            "looks for it there",
+            f'write [project.entry-points."{meant}"] in its pyproject.toml, and install it again',
+        )
 
 
 def _plugin(row: PluginRow) -> Finding:

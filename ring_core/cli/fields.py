@@ -28,7 +28,8 @@ class FieldRow:
 
 
 def field_rows(schema: type[BaseModel]) -> list[FieldRow]:
-    """The fields of a schema, those of its own before the common ones."""
+    """The fields of a schema, those of its own before the common ones; of those refused, why."""
+    refused = getattr(schema, "refused", {})
     rows = [
         FieldRow(
             name,
@@ -36,7 +37,9 @@ def field_rows(schema: type[BaseModel]) -> list[FieldRow]:
             "required"
             if field.is_required()
             else repr(field.get_default(call_default_factory=True)),
-            " ".join((field.description or "").split()),
+            f"Refused: {refused[name]}"
+            if name in refused
+            else " ".join((field.description or "").split()),
             name in common_fields(),
         )
         for name, field in schema.model_fields.items()

@@ -14,8 +14,20 @@ In a test module::
 
 from __future__ import annotations
 
-from ring_core.testing.case import Case, Result
+from ring_core.testing.case import Case, Result, expected_of, visible_of
 from ring_core.testing.conformance import Conformance
+from ring_core.testing.pairs import check_pairs, times_computed
 from ring_core.testing.pool import RankError, RankPool, Worker
 
-__all__ = ["Case", "Conformance", "RankError", "RankPool", "Result", "Worker"]
+__all__ = [
+    "Case",
+    "Conformance",
+    "RankError",
+    "RankPool",
+    "Result",
+    "Worker",
+    "check_pairs",
+    "expected_of",
+    "times_computed",
+    "visible_of",
+]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ring_core import registry
 from ring_core.rank_plan import RankPlan
+from ring_core.sequences import Sequences
 from ring_core.testing.pool import Worker
 
 
@@ -61,6 +62,11 @@ class Case:
         names = ("kv_len", "cu_seqlens", "kv_cu_seqlens", "lengths")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given if self.cu_seqlens is not None else {"seq_len": self.seq_len, **given}
+
+    @property
+    def sequences(self) -> Sequences:
+        """What a planner is given for this case."""
+        return Sequences.build(**self.plan_arguments)
 
     @property
     def q_len(self) -> int:

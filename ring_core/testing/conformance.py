@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ring_core import registry
-from ring_core.errors import DisagreementError, InputError, RingError
+from ring_core.errors import ConfigError, DisagreementError, InputError, RingError
 from ring_core.runtime import Recent
+from ring_core.sequences import Kind
 from ring_core.testing.case import Case, Result, expected_of, run_case, visible_of
+from ring_core.testing.pairs import check_pairs, times_computed
 from ring_core.testing.pool import RankPool
 from ring_core.testing.tasks import (
     call_without_plan,
@@ -31,6 +35,26 @@ from ring_core.testing.tasks import (
 EXACT = 1e-10
 HALF_RATIO = 1.25
 WORLDS = (1, 2, 3, 4, 8)
+
+_TRIED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "causal": ({"causal": True}, {}),
+    "window": ({"window": (1, 1)}, {}),
+    "segment_lengths": ({"segment_lengths": (4,), "dilation_rates": (2,)}, {}),
+    "zigzag": ({"layout": "zigzag"}, {"layout": "contiguous"}),
+    "striped": ({"layout": "striped"}, {"layout": "contiguous"}),
+}
+"""Of the fields that planners read: values, and those in whose place they must change something."""
+
+_IMPORT = """
+import importlib, sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        assert name != "torch", "name torch code by string, or import it in the hooks that need it"
+
+sys.meta_path.insert(0, NoTorch())
+importlib.import_module(sys.argv[1])
+"""
 
 _known: Recent[Any] = Recent(256)
 
@@ -75,6 +99,9 @@ class Conformance:
     }
     """Sequences to test, by a name that stands in the test's id."""
 
+    without: ClassVar[Collection[Kind]] = ()
+    """Kinds of sequences that the variant refuses: ``packed``, ``padded``, ``cross``."""
+
     half: ClassVar[Mapping[str, Any]] = {
         "seq_len": 512,
         "heads": 4,
@@ -101,6 +128,16 @@ class Conformance:
         seen = seen.expand(case.batch, case.heads, case.q_len, case.k_len)
         return ~seen[:, :, case.q_len // 2].any(1)
 
+    @classmethod
+    def kept(cls) -> dict[str, Mapping[str, Any]]:
+        """The sequences to test, less those of kinds that the variant is ``without``."""
+        left_out = set(cls.without)
+        return {
+            name: one
+            for name, one in cls.sequences.items()
+            if not Case(cls.variant, **one).sequences.kinds & left_out
+        }
+
     # Worlds have these in common; both are computed once
 
     def _expected(self, case: Case) -> Result:
@@ -117,6 +154,71 @@ class Conformance:
 
         alone: dict[str, float] = _known.get((type(self), pool, pickle.dumps(case)), make)
         return alone
+
+    # The planner, without any process
+
+    def test_every_pair_is_planned(self, planned: Case) -> None:
+        """As often as it counts: names pairs of a query and a key that no rank has, or two have."""
+        attention = registry.create(planned.variant, **planned.fields)
+        for world in (3, max(WORLDS)):  # which divides nothing; more ranks than some have tokens
+            plan = attention.make_plan(planned.sequences, world)
+            if plan.chooses:
+                pytest.skip("the tensors of a call decide what is seen")
+            check_pairs(plan, self._by_kv_head(planned))
+
+    @pytest.mark.parametrize("field", _TRIED)
+    def test_no_common_field_is_ignored(self, field: str) -> None:
+        """Each field that is a planner's to read is refused, or changes who sees or holds what."""
+        given, instead = _TRIED[field]
+        accepted = False
+        for fields in self.fields:
+            plain = {name: value for name, value in fields.items() if name not in given}
+            for one in self.kept().values():
+                try:
+                    with_it, without = (
+                        self._seen(Case(self.variant, {**plain, **more}, **one))
+                        for more in (given, instead)
+                    )
+                except (ConfigError, InputError):
+                    continue
+                accepted = True
+                if with_it != without:
+                    return
+        named = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        assert not accepted, (
+            f"{named}: neither refused nor does it change who sees or holds what; have the planner "
+            "read it, or name it in the config's `refused`"
+        )
+
+    def test_sequences_that_it_is_without_are_refused(self) -> None:
+        """And not taken for others."""
+        for fields, (name, one) in product(self.fields, Conformance.sequences.items()):
+            case = Case(self.variant, fields, **one)
+            if case.sequences.kinds & set(self.without):
+                attention = registry.create(self.variant, **fields)
+                with pytest.raises(InputError):
+                    pytest.fail(f"{name} is planned: {attention.make_plan(case.sequences, 2)}")
+
+    def test_listing_the_plugin_imports_no_torch(self) -> None:
+        """The module that the entry point names imports none, so that listing plugins is quick."""
+        rows = [row for row in registry.plugins() if row.name == self.variant]
+        _, _, module = rows[0].entry_point.partition(" = ")
+        if not module:
+            pytest.skip("registered by hand: there is no entry point")
+        command = [sys.executable, "-c", _IMPORT, module.partition(":")[0]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def _by_kv_head(self, case: Case) -> Tensor:
+        """How often pairs count: int32 [B, K, Sq, Sk]; query heads of one KV head see alike."""
+        shape = case.batch, case.heads, case.q_len, case.k_len
+        return self.visible(case).expand(shape)[:, :: case.heads // case.kv_heads].int()
+
+    def _seen(self, case: Case) -> tuple[Any, ...]:
+        """Who sees what, and who holds what, on three ranks."""
+        plan = registry.create(case.variant, **case.fields).make_plan(case.sequences, 3)
+        times = times_computed(plan, case.batch, case.kv_heads)
+        return plan.shards, times.numpy().tobytes()
 
     # Numbers
 
@@ -169,6 +271,8 @@ class Conformance:
         world = min(3, rank_pool.size)
         for fields in self.fields:
             for sizes in ({"seq_len": 7}, {"seq_len": 11, "lengths": (11, 3, 0), "batch": 3}):
+                if "lengths" in sizes and "padded" in self.without:
+                    continue
                 case = Case(self.variant, fields, **sizes)
                 clean, dirty = rank_pool.run(fill_padding_with_nan, case, world=world)[0]
                 for name in ("out", "lse", "dq", "dk", "dv"):
@@ -236,6 +340,8 @@ class Conformance:
     def test_without_a_plan(self, rank_pool: RankPool, layout: str) -> None:
         """With an explicit layout, equal shards need no plan; the result is the plan's."""
         world = min(4, rank_pool.size)
+        if "layout" in registry.variant(self.variant).config.refused:
+            pytest.skip("the config refuses layouts")
         for fields in self.fields:
             case = Case(self.variant, {**fields, "layout": layout}, seq_len=6 * world)
             assert all(rank_pool.run(call_without_plan, case, world=world))
@@ -314,7 +420,7 @@ def cases_of(suite: type[Conformance]) -> list[Any]:
 def _cases(suite: type[Conformance]) -> Iterator[tuple[int, bool, Any]]:
     """A number that alternates, whether the layout is the first one, and the parameter."""
     for (x, name), (y, fields), (place, layout) in product(
-        enumerate(suite.sequences), enumerate(suite.fields), enumerate(suite.layouts)
+        enumerate(suite.kept()), enumerate(suite.fields), enumerate(suite.layouts)
     ):
         if place and suite.in_every_layout is not None and name not in suite.in_every_layout:
             continue
@@ -332,6 +438,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite = metafunc.cls
     if "conforming" in metafunc.fixturenames:
         metafunc.parametrize(("conforming", "world"), in_worlds(suite))
+    if "planned" in metafunc.fixturenames:
+        metafunc.parametrize("planned", cases_of(suite))
     if "leaking" in metafunc.fixturenames:
         cases = [case for case in cases_of(suite) if suite().hidden(case.values[0]).any()]
         metafunc.parametrize("leaking", cases)

@@ -28,7 +28,7 @@ def gpu_pool() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "cuda"])
 def rank_pool(request: pytest.FixtureRequest) -> RankPool:
     """The pool to run on: processes on the CPU, and on GPUs where tests marked ``gpu`` run."""
     name = "cpu_pool" if request.param == "cpu" else "gpu_pool"
@@ -36,8 +36,17 @@ def rank_pool(request: pytest.FixtureRequest) -> RankPool:
     return pool
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker ``gpu``: a conftest imports the hooks, too."""
+    config.addinivalue_line("markers", "gpu: needs CUDA devices; left out where there are none")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked ``gpu`` where there is no GPU (a conftest imports this hook too)."""
+    """Mark tests on GPUs ``gpu``, and leave out those that are where there is no GPU."""
+    for item in items:  # not where the fixture stands: the marker may not be registered by then
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("rank_pool") == "cuda":
+            item.add_marker("gpu")
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
@@ -50,6 +59,7 @@ __all__ = [
     "cpu_pool",
     "gpu_pool",
     "pytest_collection_modifyitems",
+    "pytest_configure",
     "pytest_generate_tests",
     "rank_pool",
 ]

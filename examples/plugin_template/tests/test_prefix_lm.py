@@ -12,10 +12,10 @@ from ring_core import registry
 from ring_core.errors import ConfigError, InputError
 from ring_core.rounds import elements_fetched
 from ring_core.sequences import Sequences
-from ring_core.testing import RankPool, Worker
+from ring_core.testing import RankPool, Worker, check_pairs
 
 from ring_attention_prefix_lm import PrefixLMConfig
-from ring_attention_prefix_lm.plan import PrefixPlan, plan_prefix
+from ring_attention_prefix_lm.plan import plan_prefix
 
 PREFIX = 5
 
@@ -28,38 +28,23 @@ def sees(i: int, j: int) -> bool:
 # The planner
 
 
-def times_computed(plan: PrefixPlan, batch: int) -> torch.Tensor:
-    """How often the plan's tiles compute each pair: int [batch, q_len, kv_len]."""
-    times = torch.zeros(batch, plan.queries.length, plan.keys.length, dtype=torch.int)
-    for rank, owner in product(range(plan.world), repeat=2):
-        queries, keys = plan.queries.positions(rank), plan.keys.positions(owner)
-        for tile in plan.tiles(rank, owner):
-            i, j = queries[tile.q.indices()], keys[tile.kv.indices()]
-            seen = tile.mask.visible(range(tile.q.count), tile.kv.count)
-            for row in tile.batch or range(batch):
-                times[row, i[:, None], j] += seen.int()
-    return times
-
-
 @pytest.mark.parametrize("layout", ["auto", "contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 40])
 def test_every_visible_pair_is_computed_once(world: int, layout: str) -> None:
     """In packed documents and in a padded batch: shorter than the prefix, empty, and longer."""
     ends = [0, 3, 3, 20, 37]
-    packed = torch.zeros(1, 37, 37, dtype=torch.int)
+    packed = torch.zeros(1, 1, 37, 37, dtype=torch.int)
     for start, stop in pairwise(ends):
         for i, j in product(range(stop - start), repeat=2):
-            packed[0, start + i, start + j] = sees(i, j)
+            packed[0, 0, start + i, start + j] = sees(i, j)
     lengths = [23, 0, 4, 4]
-    padded = torch.zeros(4, 23, 23, dtype=torch.int)
+    padded = torch.zeros(4, 1, 23, 23, dtype=torch.int)
     for row, length in enumerate(lengths):
         for i, j in product(range(length), repeat=2):
-            padded[row, i, j] = sees(i, j)
+            padded[row, 0, i, j] = sees(i, j)
     config = PrefixLMConfig(prefix_length=PREFIX, layout=layout)
-    plan = plan_prefix(config, Sequences.build(cu_seqlens=ends), world)
-    assert torch.equal(times_computed(plan, 1), packed)
-    plan = plan_prefix(config, Sequences.build(23, lengths=lengths), world)
-    assert torch.equal(times_computed(plan, 4), padded)
+    check_pairs(plan_prefix(config, Sequences.build(cu_seqlens=ends), world), packed)
+    check_pairs(plan_prefix(config, Sequences.build(23, lengths=lengths), world), padded)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +92,7 @@ def test_gradients_reach_what_is_seen_and_nothing_else() -> None:
         ({}, "prefix_length"),
         ({"prefix_length": -1}, "greater than or equal to 0"),
         ({"prefix_lenght": 4}, "Did you mean 'prefix_length'"),
-        ({"prefix_length": 4, "causal": True}, "leave causal out"),
+        ({"prefix_length": 4, "causal": True}, "causal=True means nothing here: .* leave it out"),
         ({"prefix_length": 4, "segment_lengths": [8], "dilation_rates": [2]}, "not defined"),
         ({"prefix_length": 4, "window": (-1, 0)}, "window"),
     ],
@@ -161,6 +146,16 @@ def logged(worker: Worker, length: int, fields: dict[str, Any]) -> tuple[list[st
 def test_the_log_says_what_the_plan_says(cpu_pool: RankPool) -> None:
     for lines, size in cpu_pool.run(logged, 30, {"log_transfers": True}, world=3):
         assert lines[-1].endswith(f", {size} bytes in this call")
+
+
+def test_layers_that_differ_in_the_log_share_a_plan() -> None:
+    """What the config names ``unplanned`` changes no plan."""
+    loud, quiet = (
+        registry.create("prefix_lm", prefix_length=PREFIX, log_transfers=log)
+        for log in (True, False)
+    )
+    q = torch.ones(1, 8, 1, 4)
+    assert torch.equal(loud(q, q, q, plan=quiet.plan(8)), quiet(q, q, q))
 
 
 def test_nothing_is_logged_unless_asked_for(cpu_pool: RankPool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from ring_core import RingAttentionConfig
+
+_NOT_DILATED = "a dilated prefix is not defined; leave it out, or take variant 'standard'"
 
 
 class PrefixLMConfig(RingAttentionConfig):
@@ -18,6 +20,14 @@ class PrefixLMConfig(RingAttentionConfig):
         ConfigError: a field is unknown, out of range, or means nothing for a prefix.
     """
 
+    refused: ClassVar = {
+        "causal": "it would hide what the prefix is there to show; leave it out: tokens behind the "
+        "prefix see no later ones in any case",
+        "segment_lengths": _NOT_DILATED,
+        "dilation_rates": _NOT_DILATED,
+    }
+    unplanned = ("log_transfers",)
+
     variant: str = "prefix_lm"
     """Name under which the registry knows this variant."""
 
@@ -27,21 +37,3 @@ class PrefixLMConfig(RingAttentionConfig):
 
     log_transfers: bool = False
     """Whether every rank logs, at INFO, how many bytes of keys and values its calls fetch."""
-
-    @model_validator(mode="after")
-    def _not_causal(self) -> Self:
-        if self.causal:
-            raise ValueError(
-                "causal=True would hide what the prefix is there to show; leave causal out: tokens "
-                "behind the prefix see no later ones in any case"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _not_dilated(self) -> Self:
-        if self.segment_lengths is not None:
-            raise ValueError(
-                "segment_lengths and dilation_rates: a dilated prefix is not defined; leave them "
-                "out, or take variant 'standard'"
-            )
-        return self

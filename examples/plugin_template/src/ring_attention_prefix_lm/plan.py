@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ring_core.config import LayoutName
-from ring_core.errors import InputError
-from ring_core.layout import EVEN, Layout, balanced, contiguous, imbalance, striped, zigzag
+from ring_core.layout import layout_for
 from ring_core.masks import Band, Mask
 from ring_core.plan import Plan, Tile
 from ring_core.sequences import Sequences
@@ -62,14 +60,11 @@ def plan_prefix(config: PrefixLMConfig, sequences: Sequences, world: int) -> Pre
     Raises:
         InputError: cross-attention, for which a prefix is not defined.
     """
-    if sequences.cross:
-        raise InputError(
-            "kv_len or kv_cu_seqlens: cross-attention with a prefix is not defined; plan one "
-            "sequence, or take variant 'standard'"
-        )
+    why = "a prefix is not defined for cross-attention; take variant 'standard'"
+    sequences.refuse("cross", why=why)
     regions = regions_of(config, sequences)
     work = partial(_visible_pairs, regions=regions)
-    layout = _layout(config.layout, sequences.q_len, world, work)
+    layout = layout_for(config.layout, sequences.q_len, world, work)
     return PrefixPlan(layout, layout, regions)
 
 
@@ -97,12 +92,3 @@ def _visible_pairs(rows: range, regions: Sequence[Region]) -> int:
     return sum(
         tile.pairs * (1 if tile.batch is None else len(tile.batch)) for tile in tiles if tile
     )
-
-
-def _layout(name: LayoutName, length: int, world: int, work: Callable[[range], int]) -> Layout:
-    if name != "auto":
-        layouts = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
-        return layouts[name](length, world)
-    # Contiguous shards move the least data; late tokens see more keys, which may leave them uneven.
-    near = contiguous(length, world)
-    return near if imbalance(near, work) <= EVEN else balanced(length, world, work)

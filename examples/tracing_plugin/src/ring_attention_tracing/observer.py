@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
-from ring_core import Observer
+from ring_core import Observer, WrappedCommunicator
 from ring_core.groups import ranks_of
 from ring_core.protocols import Communicator, Pending
 from ring_core.rounds import Round, Step
@@ -40,24 +40,21 @@ class Tracing(Observer):
     def communicator(self, communicator: Communicator) -> Communicator:
         """``communicator``, whose transfers are written down."""
         trace = trace_of(self._path, dist.get_rank())
-        return cast(Communicator, _Traced(communicator, trace))
+        return _Traced(communicator, trace)
 
 
-class _Traced:
-    """A communicator that writes down its transfers and is otherwise the one it wraps."""
+class _Traced(WrappedCommunicator):
+    """A communicator that writes down its transfers."""
 
     def __init__(self, inner: Communicator, trace: TraceFile) -> None:
-        self._inner, self._trace = inner, trace
-        # Rounds name peers by their place in the group, which communicators hold by convention.
-        self._ranks = ranks_of(getattr(inner, "group", None))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        super().__init__(inner)
+        self._trace = trace
+        self._ranks = ranks_of(inner.group)  # rounds name peers by their place in the group
 
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
         """As the communicator's."""
         about = self._about(one, _owners(one), _readers(one))
-        return self._started("keys", about, lambda: self._inner.fetch(one, tensors, tag))
+        return self._started("keys", about, lambda: self.inner.fetch(one, tensors, tag))
 
     def give_back(
         self,
@@ -68,7 +65,7 @@ class _Traced:
     ) -> Pending:
         """As the communicator's; gradients go the way that keys came."""
         about = self._about(one, _readers(one), _owners(one))
-        start = self._inner.give_back
+        start = self.inner.give_back
         return self._started("gradients", about, lambda: start(one, gradients, like, tag))
 
     def _about(self, one: Round, senders: Iterable[int], readers: Iterable[int]) -> dict[str, Any]:
@@ -81,7 +78,7 @@ class _Traced:
     def _started(
         self, name: str, about: dict[str, Any], start: Callable[[], Pending]
     ) -> _TracedTransfer:
-        counters = self._inner.counters
+        counters = self.counters
         sent, received = counters.bytes_sent, counters.bytes_received
         began, line = _now(), self._trace.begin()
         pending = start()

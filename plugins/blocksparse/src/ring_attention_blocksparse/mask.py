@@ -71,6 +71,18 @@ class BlockMask(Mask):
         tables = self.tables(torch.device("cpu"))
         return tables.pairs() // tables.heads
 
+    def cost(self, nq: int, nk: int) -> tuple[str, int]:
+        tables, scene = self.tables(torch.device("cpu")), self.scene
+        limits = tables.limits
+        if not len(tables.bits):
+            how = "unmasked"
+        elif limits.band is not None:
+            how = "of a window"
+        else:
+            how = "by bits" if limits.packed is None else "by coordinates"
+        name = f"blocks of {scene.block_q} x {scene.block_kv}, {how}"
+        return name, tables.area() // tables.heads
+
     def of_phases(self, phases: range) -> Mask:
         return replace(self, heads=self.heads[phases.start : phases.stop])
 

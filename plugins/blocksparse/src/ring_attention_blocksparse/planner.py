@@ -20,16 +20,7 @@ from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Scene, ragged
 from ring_core.config import LayoutName
 from ring_core.errors import InputError
-from ring_core.layout import (
-    EVEN,
-    Layout,
-    balanced,
-    contiguous,
-    imbalance,
-    joined,
-    striped,
-    zigzag,
-)
+from ring_core.layout import EVEN, LAYOUTS, Layout, balanced, contiguous, imbalance, joined, zigzag
 from ring_core.masks import Mask
 from ring_core.order import Order
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Segments, Tile
@@ -266,11 +257,8 @@ def plan_blocks(
         InputError: cross-attention, for which patterns are not defined; or a pattern does not fit
             the sequence.
     """
-    if sequences.cross:
-        raise InputError(
-            "patterns with kv_len or kv_cu_seqlens: block-sparse cross-attention is not defined; "
-            "leave the patterns out"
-        )
+    why = "block-sparse cross-attention is not defined; leave the patterns out"
+    sequences.refuse("cross", why=why)
     # A block that is larger than the sequence is one like the sequence.
     block_q, block_kv = (min(size, sequences.q_len) for size in (config.block_q, config.block_kv))
     parts = tuple(
@@ -312,9 +300,7 @@ def _layouts(name: LayoutName, plan: BlockPlan, length: int, world: int, unit: i
         )
 
     if name != "auto":
-        return [
-            {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}[name](length, world)
-        ]
+        return [LAYOUTS[name](length, world)]
     # Ranks hold whole blocks as far as that keeps them busy alike.
     count = -(-length // unit)
     near = _scaled(contiguous(count, world), unit, length)

@@ -241,17 +241,23 @@ class Tables:
             found[(place + y[:, None, :])[shown]] = True
         return found.view(self.batch, self.heads, 1, len(rows), nk)
 
+    def area(self) -> int:
+        """Pairs of rows in the pieces of all pairs, seen or not, summed over lists."""
+        return int(self._areas().sum())
+
     def pairs(self) -> int:
         """Visible pairs of rows, summed over lists."""
-        count = self.by_query.start.diff().long()
-        which, _ = ragged(count)
-        mine = self.q.size[which % max(1, len(self.q))]
-        areas = mine * self.kv.size[self.by_query.other[: len(which)].long()]
+        areas = self._areas()
         if not len(self.bits):
             return int(areas.sum())
         ones = popcount(self.bits).flatten(1).sum(1)
-        mask = self.by_query.mask[: len(which)].long()
+        mask = self.by_query.mask[: len(areas)].long()
         return int(torch.where(mask == FULL, areas, ones[mask.clamp_min(0)]).sum())
+
+    def _areas(self) -> Tensor:
+        which, _ = ragged(self.by_query.start.diff().long())
+        mine = self.q.size[which % max(1, len(self.q))]
+        return mine * self.kv.size[self.by_query.other[: len(which)].long()]
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class DistributedRingAttention(BaseRingAttention):
         return given
 
     def make_call(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> AnyCall:
+        plan.check(k.shape[2])
         degree, config = self.degree(plan, q, k, v), self.config
         call["also"] = (("ulysses in this call", str(degree)),)
 

@@ -148,6 +148,9 @@ class DistributedConfig(RingAttentionConfig):
         """Whether calls are timed."""
         return self.monitor or self.metrics_log is not None or self.metrics_port is not None
 
+    def planning(self) -> dict[str, Any]:
+        return self.whole_inner().planning()  # a mesh changes who computes, not who holds what
+
     def of_variant(self, name: str) -> RingAttentionConfig:
         return self.whole_inner() if name == self.inner.variant else self
 

@@ -23,10 +23,10 @@ from ring_core.calls import Call
 from ring_core.given import Given
 from ring_core.layout import Layout
 from ring_core.masks import FULL
-from ring_core.plan import HeldHeads, Plan, Rows, Segments, Tile
+from ring_core.plan import HeldHeads, Plan, Rows, Tile
 from ring_core.protocols import Communicator
 from ring_core.rank_plan import RankPlan
-from ring_core.rounds import Round, rounds
+from ring_core.rounds import Round, rounds, tiles_of
 from ring_core.softmax import accumulation_dtype
 
 
@@ -263,24 +263,15 @@ def levels_of(
 def _needed(plan: Plan, number: int, each: int, hosts: int) -> tuple[tuple[range | None, ...], ...]:
     def of(host: int, owner: int) -> range | None:
         read = [
-            _span(tile)
+            tile.kv.extent(tile.heads.phases)
             for rank in range(host * each, (host + 1) * each)
-            for tile in plan.tiles(rank, owner * each + number)
+            for tile in tiles_of(plan, rank, owner * each + number)
         ]
         if host == owner or not read:
             return None
         return range(min(one.start for one in read), max(one.stop for one in read))
 
     return tuple(tuple(of(host, owner) for owner in range(hosts)) for host in range(hosts))
-
-
-def _span(tile: Tile) -> range:
-    """From the first to the last of the keys' rows that a tile reads."""
-    rows = tile.kv
-    if isinstance(rows, Segments):
-        return range(rows.runs[0].start, rows.runs[-1].stop)
-    last = rows.start + (rows.repeat - 1) * rows.stride + (rows.count - 1) * rows.step
-    return range(rows.start, last + (tile.heads.phases - 1) * rows.slant + 1)
 
 
 def _of_host(layout: Layout, host: int, each: int) -> Layout:

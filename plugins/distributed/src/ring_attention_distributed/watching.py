@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from ring_attention_distributed.monitor import Span, current
 from ring_core.hookspecs import Observer
 from ring_core.protocols import Communicator, Pending
+from ring_core.wrapping import WrappedCommunicator
 
 
 class Watching(Observer):
     """Of the attentions whose config asks for a monitor."""
 
     def communicator(self, communicator: Communicator) -> Communicator:
-        return cast(Communicator, Watched(communicator))
+        return Watched(communicator)
 
 
-class Watched:
+class Watched(WrappedCommunicator):
     """A communicator whose transfers are counted in the call that this thread is in."""
-
-    def __init__(self, inner: Communicator) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
 
     def fetch(self, *transfer: Any) -> Pending:
         """As the communicator's."""
-        return self._counted(self._inner.fetch, transfer)
+        return self._counted(self.inner.fetch, transfer)
 
     def give_back(self, *transfer: Any) -> Pending:
         """As the communicator's."""
-        return self._counted(self._inner.give_back, transfer)
+        return self._counted(self.inner.give_back, transfer)
 
     def _counted(self, start: Callable[..., Pending], transfer: tuple[Any, ...]) -> Pending:
-        span, counters = current(), self._inner.counters
+        span, counters = current(), self.counters
         sent, received = counters.bytes_sent, counters.bytes_received
         pending = start(*transfer)
         if span is None:

@@ -213,11 +213,7 @@ def _plan_dense(config: HilbertConfig, sequences: Sequences, world: int) -> Plan
     order = order_of(config, name, sequences.q_len)
     if order is None:
         return plan_branches(config, sequences, world)
-    if sequences.cross:
-        raise InputError(
-            f"order={name!r} with kv_len or kv_cu_seqlens: cross-attention on a curve is not "
-            "defined; give order='row'"
-        )
+    sequences.refuse("cross", why="cross-attention on a curve is not defined; give order='row'")
     if config.segment_lengths is not None:
         plan = plan_branches(config, sequences, world)
         fields = {key: getattr(plan, key) for key in ("queries", "keys", "documents")}

@@ -11,8 +11,16 @@ from functools import partial
 
 from ring_attention_standard.branches import Branch
 from ring_core.config import LayoutName, RingAttentionConfig
-from ring_core.errors import InputError
-from ring_core.layout import EVEN, Layout, balanced, contiguous, imbalance, striped, zigzag
+from ring_core.layout import (
+    EVEN,
+    LAYOUTS,
+    Layout,
+    balanced,
+    contiguous,
+    imbalance,
+    layout_for,
+    zigzag,
+)
 from ring_core.masks import Band, Mask
 from ring_core.plan import Heads, Plan, Tile
 from ring_core.sequences import Sequences
@@ -95,18 +103,12 @@ def plan_branches(config: RingAttentionConfig, sequences: Sequences, world: int)
         InputError: dilated cross-attention, which is not defined.
     """
     band, branches = band_of(config), branches_of(config)
-    if sequences.cross and config.segment_lengths is not None:
-        raise InputError(
-            f"segment_lengths={list(config.segment_lengths)} with kv_len or kv_cu_seqlens: dilated "
-            "cross-attention is not defined; leave segment_lengths and dilation_rates out"
-        )
-    queries = _layout(config.layout, sequences, band, branches, world)
-    if not sequences.cross:
-        keys = queries
-    elif config.layout in ("zigzag", "striped"):
-        keys = {"zigzag": zigzag, "striped": striped}[config.layout](sequences.kv_len, world)
-    else:
-        keys = contiguous(sequences.kv_len, world)
+    if config.segment_lengths is not None:
+        given = f"segment_lengths={list(config.segment_lengths)}"
+        sequences.refuse("cross", why=f"dilated cross-attention is not defined; leave {given} out")
+    queries = keys = _layout(config.layout, sequences, band, branches, world)
+    if sequences.cross:
+        keys = LAYOUTS.get(config.layout, contiguous)(sequences.kv_len, world)
     return BranchPlan(queries, keys, sequences.documents, band, branches)
 
 
@@ -129,19 +131,17 @@ def _layout(
     name: LayoutName, sequences: Sequences, band: Band, branches: tuple[Branch, ...], world: int
 ) -> Layout:
     length = sequences.q_len
-    if name == "contiguous":
-        return contiguous(length, world)
-    if name == "striped":
-        return striped(length, world)
     work = partial(_work, sequences=sequences, band=band, branches=branches)
-    if name == "auto" and imbalance(contiguous(length, world), work) <= EVEN:
-        return contiguous(length, world)
-    plain = zigzag(length, world)
-    if len(sequences.documents) == 1 and sequences.documents[0].q == range(length):
-        one_ramp = branches == (Branch(),)
-        if name == "zigzag" or one_ramp or imbalance(plain, work) <= EVEN:
-            return plain
-    return balanced(length, world, work)
+
+    def dealt() -> Layout:
+        plain = zigzag(length, world)
+        if len(sequences.documents) == 1 and sequences.documents[0].q == range(length):
+            one_ramp = branches == (Branch(),)
+            if name == "zigzag" or one_ramp or imbalance(plain, work) <= EVEN:
+                return plain
+        return balanced(length, world, work)
+
+    return dealt() if name == "zigzag" else layout_for(name, length, world, work, dealt)
 
 
 def _work(rows: range, sequences: Sequences, band: Band, branches: tuple[Branch, ...]) -> int:
