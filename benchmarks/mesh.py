@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ring_attention_distributed.cost import predictions
 
 from page import WAYS, add_arguments, on_many_and_one, write
 from ring_core import registry
@@ -74,7 +73,7 @@ def _one(
         torch.randn(1, rows, heads, job.head_dim, dtype=dtype, device=worker.device)
         for heads in (q_heads, kv_heads, kv_heads)
     )
-    known = {one.degree: one for one in predictions(plan, q, k, v, worker.world)}
+    known = {one.degree: one for one in attention.predictions(plan, q, k, v)}
     if fields.get("ulysses", "auto") != "auto" and fields["ulysses"] not in known:
         return None
     degree = attention.degree(plan, q, k, v)

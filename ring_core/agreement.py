@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from ring_core import errors
 from ring_core.errors import DisagreementError, RankFailedError, RingError, RingTimeoutError
@@ -216,6 +217,16 @@ class Agreement:
         return f"{self._prefix}/{call}/{what}"
 
 
+_agreements: WeakKeyDictionary[Any, Agreement] = WeakKeyDictionary()
+
+
+def agreement_of(group: Any) -> Agreement:
+    """The agreement of a group, shared by all its attentions."""
+    if group not in _agreements:
+        _agreements[group] = Agreement(group)
+    return _agreements[group]
+
+
 def tag(call: int, direction: str, signature: Signature) -> int:
     """A message tag by which transfers of different calls never meet, nor a user's own (tag 0)."""
     return zlib.crc32(f"{call}/{direction}/{signature.digest}".encode()) & 0x3FFFFFFF | 0x40000000
@@ -277,7 +288,7 @@ def _out_of_step(posts: Mapping[int, Mapping[str, Any]]) -> str | None:
 
 
 def _summary(signature: Signature) -> str:
-    shown = ("variant", "tokens", "dtype", "q", "k", "v")
+    shown = ("operation", "shape", "variant", "tokens", "dtype", "q", "k", "v")
     fields = signature.fields
     return ", ".join(f"{name} {fields[name]}" for name in shown if name in fields)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ring_core import groups
+from ring_core.agreement import agreement_of
 from ring_core.calls import AnyCall, Call
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import ConfigError, InputError
 from ring_core.exchange import Exchange
 from ring_core.operator import NO_PLAN, attend, number_of
 from ring_core.plan import Plan
-from ring_core.protocols import Communicator
+from ring_core.prediction.memory import Sizes
+from ring_core.prediction.rates import Rates
+from ring_core.prediction.timeline import Prediction, Where, predict
+from ring_core.protocols import AttentionKernel, Communicator
 from ring_core.rank_plan import RankPlan
 from ring_core.registry import Registry
 from ring_core.registry import registry as default_registry
-from ring_core.runtime import Runtime, agreement_of
+from ring_core.runtime import Runtime
 from ring_core.sequences import Sequences
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -105,6 +110,29 @@ class BaseRingAttention(nn.Module):
             exchange: to reach the other ranks with.
         """
         return None
+
+    def predict(self, plan: Plan, sizes: Sizes, rates: Rates, where: Where) -> Prediction:
+        """How long a call with ``plan`` would take on the slowest rank of a machine.
+
+        A variant that does more than attend, such as exchanging heads before, overrides this.
+
+        Raises:
+            InputError: the rates lack what this attention would compute or send with.
+        """
+        where = replace(where, overlap=self.config.overlap)
+        return predict(plan, sizes, rates, where, self.candidates)
+
+    @property
+    def candidates(self) -> list[AttentionKernel]:
+        """The kernels that the config allows, the best first, whether or not they run here."""
+        config = self.config
+        allowed = [
+            kernel
+            for kernel in self.runtime.kernels
+            if config.kernel in ("auto", kernel.name)
+            and (kernel.supports_dropout or not config.dropout)
+        ]
+        return sorted(allowed, key=lambda kernel: kernel.priority, reverse=True)
 
     # What users call
 
@@ -293,6 +321,7 @@ class BaseRingAttention(nn.Module):
                 sequences,
                 group,
                 made_by=self._planning,
+                timeout=self.config.timeout,
             ),
         )
         return plan

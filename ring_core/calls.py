@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ring_core import engine
-from ring_core.agreement import Signature, tag
+from ring_core.agreement import Signature, agreement_of, tag
 from ring_core.engine import Settings
 from ring_core.exchange import Exchange
 from ring_core.given import Given
 from ring_core.program import Program
 from ring_core.rank_plan import RankPlan
-from ring_core.runtime import Runtime, agreement_of
+from ring_core.runtime import Runtime
 
 
 class AnyCall(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_core import groups
+from ring_core.agreement import Signature, agreement_of
 from ring_core.errors import InputError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
@@ -36,6 +38,7 @@ class RankPlan:
 
     Args:
         within: whether it is for a part of a call, whose rows stand as tiles count them.
+        timeout: seconds to wait for ranks that have not come to :meth:`unshard`.
     """
 
     def __init__(
@@ -46,10 +49,13 @@ class RankPlan:
         made_by: Hashable = None,
         held: HeldHeads | None = None,
         within: bool = False,
+        timeout: float = 300.0,
     ) -> None:
         self.plan = plan
         self.held = held
         self.made_by = made_by
+        self.timeout = timeout
+        self._signatures: dict[tuple[Any, ...], Signature] = {}
         self.sequences = sequences
         self.group = group
         self.rank, self.world = groups.rank_and_world(group)
@@ -146,8 +152,16 @@ class RankPlan:
 
         Raises:
             InputError: ``x`` is not as long as this plan's shards.
+            DisagreementError: the ranks' tensors differ otherwise than in their numbers, or a rank
+                is missing (first call of a kind).
         """
-        _check_length(x, dim, self._layout(kv).size, "a shard", self)
+        try:
+            _check_length(x, dim, self._layout(kv).size, "a shard", self)
+        except InputError as error:
+            if self._shares:  # the other ranks must not wait for this one
+                agreement = agreement_of(self.group)
+                agreement.refuse(agreement.next_call(), str(error))
+            raise
         whole: Tensor = _Unshard.apply(x, dim % x.ndim, self, kv)  # type: ignore[no-untyped-call]
         return whole
 
@@ -174,15 +188,39 @@ class RankPlan:
         return rows
 
     def _whole(self, x: Tensor, dim: int, kv: bool) -> Tensor:
-        if self.group is None or self.world == 1:
+        if not self._shares:
             gathered = x
         else:
+            self._agree(x, dim, kv)
             # As bytes, so that every dtype travels over every backend.
             mine = x.contiguous()
             shards = [torch.empty_like(mine) for _ in range(self.world)]
             dist.all_gather([_bytes(shard) for shard in shards], _bytes(mine), group=self.group)
             gathered = torch.cat(shards, dim)
         return _take(gathered, dim, self._origin(kv))
+
+    @property
+    def _shares(self) -> bool:
+        """Whether other ranks hold rows too."""
+        return self.group is not None and self.world > 1
+
+    def _agree(self, x: Tensor, dim: int, kv: bool) -> None:
+        """A collective that one rank comes to with another shape would hang, or mix up numbers."""
+        key = x.shape, x.dtype, x.device.type, dim, kv
+        if key not in self._signatures:
+            plan = hashlib.sha256(repr(self.plan).encode()).hexdigest()[:16]
+            fields = {
+                "operation": "gathering shards",
+                "shape": str(tuple(x.shape)),
+                "dtype": str(x.dtype),
+                "device": x.device.type,
+                "dim": str(dim),
+                "kv": str(kv),
+                "plan": plan,
+            }
+            self._signatures[key] = Signature(fields)
+        agreement = agreement_of(self.group)
+        agreement.check(agreement.next_call(), self._signatures[key], self.timeout)
 
     def _origin(self, kv: bool) -> Tensor:
         """For each token, its row among all ranks' shards end to end."""

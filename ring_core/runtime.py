@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ring_core.agreement import Agreement, Signature
+from ring_core.agreement import Signature
 from ring_core.choice import choose
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import (
@@ -33,15 +33,6 @@ logger = logging.getLogger("ring_core")
 
 T = TypeVar("T")
 V = TypeVar("V")
-
-_agreements: WeakKeyDictionary[Any, Agreement] = WeakKeyDictionary()
-
-
-def agreement_of(group: Any) -> Agreement:
-    """The agreement of a group, shared by all its attentions."""
-    if group not in _agreements:
-        _agreements[group] = Agreement(group)
-    return _agreements[group]
 
 
 class Recent(Generic[V]):
@@ -103,8 +94,8 @@ class Runtime:
 
         Only this rank may need them: in which dtype gradients travel does not depend on it.
         """
-        usual = self.kernel(self._problem(q, v.shape[-1], plan, dropout))
-        kernel = self.kernel(self._problem(q, v.shape[-1] + columns, plan, dropout))
+        usual = self.kernel(self.problem(q, v.shape[-1], plan, dropout))
+        kernel = self.kernel(self.problem(q, v.shape[-1] + columns, plan, dropout))
         communicator = self.communicator(plan, q.device)
         shards = communicator.shards if communicator else 1
         batch, _, kv_heads, _ = v.shape
@@ -123,7 +114,8 @@ class Runtime:
             ),
         )
 
-    def _problem(self, q: Tensor, value_dim: int, plan: RankPlan, dropout: bool) -> Problem:
+    def problem(self, q: Tensor, value_dim: int, plan: RankPlan, dropout: bool) -> Problem:
+        """What a kernel is asked for calls with ``plan`` and queries like ``q``."""
         deterministic = self.config.deterministic
         return Problem(
             q.device, q.dtype, q.shape[-1], value_dim, plan.masks, dropout, deterministic
@@ -132,7 +124,7 @@ class Runtime:
     def _kernel_name(self, q: Tensor, v: Tensor, plan: RankPlan, dropout: bool) -> str:
         """Ranks must round alike, so they must compute with one kernel."""
         try:
-            return self.kernel(self._problem(q, v.shape[-1], plan, dropout)).name
+            return self.kernel(self.problem(q, v.shape[-1], plan, dropout)).name
         except KernelError:
             return "none"  # the call itself says why
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ring_attention_distributed.cost import CPU, GPU, Sizes, predict
+from ring_attention_distributed.cost import with_exchange
 from ring_attention_distributed.heads import Split, degrees
 from ring_attention_distributed.mesh import Mesh, Places, ring_plan
 
 from ring_core import registry
 from ring_core.errors import InputError
 from ring_core.plan import ForHeads, HeldHeads
+from ring_core.prediction.memory import Sizes
+from ring_core.prediction.rates import read
+from ring_core.prediction.timeline import Where
 from ring_core.sequences import Sequences
 from ring_core.testing import RankPool, Worker
 
@@ -131,21 +134,21 @@ def test_a_ring_holds_what_its_ranks_brought(layout, length, mesh):
 
 def test_the_predicted_degree_is_the_quickest():
     """Few heads and long shards: rings; many heads and short shards: heads."""
-    plan = registry.create("standard", causal=True)
-    short = plan.make_plan(Sequences.build(4 * 512), 4)
-    long = plan.make_plan(Sequences.build(4 * 65536), 4)
-    sizes = Sizes(32, 8, 128, 128, 1, 2)
+    attention = registry.create("standard", causal=True, kernel="flash4")
+    short, long = (attention.make_plan(Sequences.build(4 * n), 4) for n in (512, 65536))
+    rates, sizes = read("h200"), Sizes(32, 8, 128, 128, 1, "bfloat16")
 
-    def best(of):
-        return min((predict(of, sizes, n, GPU, 4) for n in (1, 2, 4)), key=lambda x: x.total)
+    def predicted(of, degree, per_host=4, sizes=sizes):
+        where = Where(per_host, between=4e10)
+        return with_exchange(of, sizes, rates, where, attention.candidates, degree)
 
-    assert best(short).degree > 1
-    assert best(long).total < best(long).compute * 1.1, "long shards hide what travels"
-    apart = predict(short, sizes, 4, GPU, 2), predict(short, sizes, 4, GPU, 4)
-    assert apart[0].exchange > apart[1].exchange, "exchanges between hosts are slower"
-    uneven = predict(long, Sizes(28, 7, 128, 128, 1, 2), 4, CPU, 4)
-    even = predict(long, Sizes(28, 7, 128, 128, 1, 2), 1, CPU, 4)
-    assert uneven.compute == pytest.approx(even.compute * 8 / 7)
+    assert min((predicted(long, n).total, n) for n in (1, 2, 4))[1] == 1
+    assert predicted(long, 1).forward.transfers < 0.1 * predicted(long, 1).forward.kernels
+    far, near = predicted(short, 4, per_host=2), predicted(short, 4)
+    assert far.forward.exchange > near.forward.exchange, "exchanges between hosts are slower"
+    uneven = [predicted(long, n, sizes=Sizes(28, 7, 128, 128, 1, "bfloat16")) for n in (4, 1)]
+    busiest = uneven[0].forward.kernels / uneven[1].forward.kernels
+    assert busiest == pytest.approx(8 / 7, rel=0.1)
 
 
 def asked(worker: Worker, ulysses: Any) -> str:

@@ -37,6 +37,9 @@ PACKAGES = {CORE: ROOT / "ring_core"} | {
 }
 SOURCES = {name: ROOT if name == CORE else ROOT / "plugins" / name for name in ALL}
 
+READ = {CORE: ("prediction/cpu.json", "prediction/h200.json")}
+"""Files that are no code and that code reads."""
+
 OPTIONAL = {
     *("pytest", "hypothesis", "matplotlib", "PIL", "prometheus_client"),  # of extras
     *("triton", "flash_attn", "cutlass", "cuda"),  # of kernels for GPUs
@@ -66,9 +69,9 @@ def built(wheels: Wheels) -> dict[str, Path]:
 def test_a_wheel_holds_its_package_and_nothing_else(name: str, built: dict[str, Path]) -> None:
     package, wheel = PACKAGES[name], ZipFile(built[name])
     files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    # No code reads a file of another kind: one that is to be read has to be named here.
-    assert all(p.suffix == ".py" or p == package / "py.typed" for p in files)
-    assert package / "py.typed" in files
+    # What code reads at run time is named here, and read where wheels are installed.
+    kept = {package / "py.typed", *(package / one for one in READ.get(name, ()))}
+    assert {p for p in files if p.suffix != ".py"} == kept
     assert not [p for p in files if p.name.startswith(("test_", "conftest"))]
     info = f"ring_attention_{name}-{described(built[name]).version}.dist-info"
     about = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
@@ -119,6 +122,7 @@ import contextlib, io, json, sys
 from ring_core import registry
 from ring_core.cli import main
 from ring_core.errors import UnknownVariantError
+from ring_core.prediction.rates import read, shipped
 
 names, refused, said = registry.names(), {}, {}
 for name in sys.argv[1].split():
@@ -133,7 +137,8 @@ for line in sys.argv[2:]:
         except SystemExit as ended:
             status = ended.code
     said[line] = [status, out.getvalue()]
-print(json.dumps([names, refused, said, "torch" in sys.modules]))
+rates = {name: read(name).version for name in shipped()}
+print(json.dumps([names, refused, said, rates, "torch" in sys.modules]))
 """
 
 COMMANDS = ("list", "show", "schema", "plan", "doctor", "bench", "demo", "launch")
@@ -148,8 +153,9 @@ def test_the_core_alone(built: dict[str, Path], tmp_path: Path) -> None:
     script = alone.start(str(alone.python.parent / "ring-attention"), "list")
     lines = [*WORKING, *WITHOUT_A_VARIANT]
     bare = alone.start("-c", BARE, " ".join([*NEEDS, "auto"]), *lines)
-    names, refused, said, torch_there = json.loads(bare.said())
+    names, refused, said, rates, torch_there = json.loads(bare.said())
     assert names == []
+    assert rates == {Path(one).stem: 1 for one in READ[CORE]}
     assert not torch_there
     remedies = {name: f"Install it with: pip install {pip_name(name)}" for name in NEEDS}
     remedies["auto"] = remedies["standard"]

@@ -81,6 +81,44 @@ def test_wrong_lengths_are_named() -> None:
         plan.unshard(torch.ones(2, 9))
 
 
+def gathered(worker: Worker, spoil: str) -> bool:
+    """Shards gathered, by one rank otherwise than by the others."""
+    attention = registry.create("standard", causal=True, group=worker.group, timeout=20)
+    plan = attention.plan(8)
+    x = plan.shard(torch.arange(16.0).view(1, 8, 2))
+    odd = {"length": x[:, 1:], "width": x[..., :1], "dtype": x.double()}
+    if worker.rank != 1:
+        plan.unshard(x)
+    elif spoil == "turn":
+        attention(*(torch.ones(1, plan.local_len, 1, 4) for _ in range(3)), plan=plan)
+    else:
+        plan.unshard(odd[spoil])
+    return True
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        ("length", "rank 1"),
+        ("width", "shape"),
+        ("dtype", "torch.float64"),
+        ("turn", "operation"),
+    ],
+)
+def test_ranks_that_gather_otherwise_are_told_on_all(
+    cpu_pool: RankPool, spoil: str, says: str
+) -> None:
+    errors = cpu_pool.run(gathered, spoil, world=3, errors=True, fresh=True)
+    kinds = [type(error).__name__ for error in errors]
+    if spoil == "length":
+        assert kinds == ["DisagreementError", "InputError", "DisagreementError"]
+        assert "should be a shard" in str(errors[0])
+    else:
+        assert kinds == 3 * ["DisagreementError"]
+        assert len({str(error) for error in errors}) == 1
+    assert says in str(errors[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +154,6 @@ def _row(
         _both(attend, tensors)
 
     before = sent()
-    _give_back()
     memory = PeakMemory(worker.device)
     both()
     peak, bytes_sent = memory.taken(), sent() - before
@@ -169,12 +166,6 @@ def _row(
         int(watch.slowest(bytes_sent)),
         errors,
     )
-
-
-def _give_back() -> None:
-    """Return to the system what was freed: a run that takes it again would seem to take nothing."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc has it, others may not
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tensors(job: Job, device: torch.device) -> list[Tensor]:

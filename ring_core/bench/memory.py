@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import re
 import resource
@@ -30,6 +32,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         gc.collect()
+        _give_back()
         if device.type == "cuda":
             self.method = "torch.cuda.max_memory_allocated"
             torch.cuda.reset_peak_memory_stats(device)
@@ -47,6 +50,12 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         now = _status("VmHWM") if self.method.startswith("VmHWM") else _maxrss()
         return now - self._before
+
+
+def _give_back() -> None:
+    """Return to the system what was freed: what takes it again would seem to take nothing."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc has it, others may not
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _put_back_mark() -> bool:

@@ -27,6 +27,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def positive(text: str) -> float:
+    """A type of option: numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def add_set(parser: argparse.ArgumentParser) -> None:
     """Add option ``--set``, for fields of a config."""
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ring_attention_distributed.calls import Arrangement, MeshCall
 from ring_attention_distributed.config import DistributedConfig
-from ring_attention_distributed.cost import quickest
+from ring_attention_distributed.cost import predictions, quickest, with_exchange
 from ring_attention_distributed.heads import Split, degrees
 from ring_attention_distributed.levels import Levels, levels_of
 from ring_attention_distributed.mesh import Mesh, part_of, places, ring_plan
@@ -22,6 +23,9 @@ from ring_core.config import RingAttentionConfig
 from ring_core.errors import InputError
 from ring_core.exchange import Exchange
 from ring_core.plan import Plan
+from ring_core.prediction.memory import Sizes
+from ring_core.prediction.rates import Rates
+from ring_core.prediction.timeline import Prediction, Where
 from ring_core.rank_plan import RankPlan
 from ring_core.registry import Registry
 from ring_core.runtime import Recent, Runtime
@@ -79,9 +83,14 @@ class DistributedRingAttention(BaseRingAttention):
         if world == 1 or given == 1:
             return 1
         if given == "auto":
-            return quickest(plan, q, k, v, self.config.per_host(world))
+            return quickest(self.predictions(plan, q, k, v))
+        self._check_degree(given, q_heads, kv_heads, world)
+        return given
+
+    @staticmethod
+    def _check_degree(given: int, q_heads: int, kv_heads: int, world: int) -> None:
         allowed = list(degrees(q_heads, kv_heads, world))
-        if given not in allowed:
+        if world > 1 and given not in allowed:
             why = (
                 f"it does not divide the {world} ranks"
                 if world % given
@@ -91,7 +100,32 @@ class DistributedRingAttention(BaseRingAttention):
                 f"ulysses={given} with {q_heads} query heads, {kv_heads} KV heads and {world} "
                 f"ranks: {why}. Possible here: {', '.join(map(str, allowed))}, or 'auto'"
             )
-        return given
+
+    def predictions(
+        self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Prediction, ...]:
+        """How long a call with these shards would take with each degree that they allow, by rates
+        that come with the core; ``ulysses="auto"`` takes the fastest."""
+        dropout = bool(self.config.dropout)
+        kernel = self.runtime.kernel(self.runtime.problem(q, v.shape[-1], plan, dropout))
+        dtype = str(q.dtype).removeprefix("torch.")
+        sizes = Sizes(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.shape[0], dtype)
+        per_host = self.config.per_host(plan.world)
+        return predictions(plan.plan, sizes, kernel, q.device.type, per_host)
+
+    def predict(self, plan: Plan, sizes: Sizes, rates: Rates, where: Where) -> Prediction:
+        """Of the degree that the config names, or of the fastest one."""
+        config = self.config
+        per_host = where.per_host if config.ranks_per_host == "auto" else config.ranks_per_host
+        where = replace(where, per_host=per_host, overlap=config.overlap)
+        allowed = list(degrees(sizes.q_heads, sizes.kv_heads, plan.world))
+        if config.ulysses != "auto":
+            self._check_degree(config.ulysses, sizes.q_heads, sizes.kv_heads, plan.world)
+            allowed = [config.ulysses if plan.world > 1 else 1]
+        found = [
+            with_exchange(plan, sizes, rates, where, self.candidates, degree) for degree in allowed
+        ]
+        return min(found, key=lambda one: one.total)
 
     def make_call(self, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> AnyCall:
         plan.check(k.shape[2])

@@ -16,11 +16,11 @@ from ring_attention_distributed.finite import not_finite
 from ring_attention_distributed.lane import Lane, lane_of
 from ring_attention_distributed.verdict import Report
 from ring_core import engine
+from ring_core.agreement import agreement_of
 from ring_core.calls import Call
 from ring_core.errors import CommunicatorError, NonFiniteError, RingTimeoutError
 from ring_core.given import Given
 from ring_core.rank_plan import RankPlan
-from ring_core.runtime import agreement_of
 
 logger = logging.getLogger("ring_attention_distributed")
 

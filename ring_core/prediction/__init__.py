@@ -1,0 +1,1 @@
+"""How long a plan would take, from rates that were measured."""
