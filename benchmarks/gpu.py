@@ -39,12 +39,12 @@ LONGEST_COMPARED = 65536
 """Tokens up to which errors are computed: float64 on the GPU takes its time."""
 
 
-def whole(tokens: int, seed: int = 0) -> list[torch.Tensor]:
+def whole(tokens: int, heads: int, kv_heads: int, seed: int = 0) -> list[torch.Tensor]:
     """q, k, v and the gradient of out, alike on every rank."""
     generator = torch.Generator("cuda").manual_seed(seed)
     return [
-        torch.randn(1, tokens, heads, HEAD_DIM, generator=generator, device="cuda", dtype=DTYPE)
-        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+        torch.randn(1, tokens, each, HEAD_DIM, generator=generator, device="cuda", dtype=DTYPE)
+        for each in (heads, kv_heads, kv_heads, heads)
     ]
 
 
@@ -84,13 +84,14 @@ def measure(
     turns: int,
     with_peers: bool,
     packed: bool,
+    heads: int = HEADS,
 ) -> dict[str, Any]:
     """One length: every contender, and the ideal of each kernel family, taking turns."""
     dist.barrier()
     tokens = per_rank * worker.world
     documents = mixed(tokens) if packed else None
-    problem = Problem(tokens, HEADS, KV_HEADS, HEAD_DIM, dist.group.WORLD, documents)
-    tensors = whole(tokens)
+    problem = Problem(tokens, heads, KV_HEADS, HEAD_DIM, dist.group.WORLD, documents)
+    tensors = whole(tokens, heads, KV_HEADS)
     rows: dict[str, dict[str, Any]] = {}
     entries: dict[str, Entry] = {}
     skipped: dict[str, str] = {}
@@ -132,6 +133,7 @@ def measure(
         "per_rank": per_rank,
         "world": worker.world,
         "packed": packed,
+        "heads": f"{heads}/{KV_HEADS}",
         "rows": rows,
         "skipped": skipped,
     }

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ring_core import Observer, WrappedCommunicator, hookimpl, reference, registry
 from ring_core.testing import RankPool, Worker
 
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 STEPS = 3
 RANKS = 3
 LENGTH = 21
