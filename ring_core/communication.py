@@ -1,4 +1,4 @@
-"""What every communicator needs beside its transport: paired buffers, deadlines, counters."""
+"""What every communicator needs beside its transport: buffers, deadlines, counters, retry."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ring_core.errors import RingTimeoutError
+from ring_core.attempts import WAIT, Attempts
+from ring_core.errors import InputError, RingTimeoutError
 from ring_core.groups import rank_and_world
+
+T = TypeVar("T")
 
 _Key = tuple[torch.device, torch.dtype, int, bool]
 
@@ -72,7 +76,8 @@ _pools: WeakKeyDictionary[Any, BufferPool] = WeakKeyDictionary()
 
 
 class RingCommunicationMixin:
-    """Paired buffers, deadlines and counters for a communicator; it brings the transport.
+    """Paired buffers, deadlines, counters and agreed retry for a communicator; it brings the
+    transport.
 
     Attributes:
         group: the process group. rank, world: this process's place in it.
@@ -93,6 +98,19 @@ class RingCommunicationMixin:
         return [
             self.buffers.take(numel, tensor) for numel, tensor in zip(numels, like, strict=True)
         ]
+
+    def start(self, ops: Sequence[dist.P2POp], operation: Callable[[], str]) -> list[Any]:
+        """Start sends and receives; :meth:`wait_for` waits for what this returns.
+
+        Raises:
+            RingTimeoutError: one failed at once; names this rank and ``operation``.
+        """
+        try:
+            return dist.batch_isend_irecv(list(ops)) if ops else []
+        except RuntimeError as error:
+            raise RingTimeoutError(
+                f"rank {self.rank} of {self.world}: {operation()} failed to start: {error}"
+            ) from error
 
     def wait_for(self, works: Sequence[Any], operation: Callable[[], str]) -> None:
         """Wait for ``works`` until the deadline, and count the time.
@@ -115,3 +133,58 @@ class RingCommunicationMixin:
             ) from error
         finally:
             self.counters.wait_seconds += time.perf_counter() - started
+
+    def retried(
+        self, operation: str, attempt: Callable[[Self], T], *, retries: int, backoff: float = 0.5
+    ) -> T:
+        """What ``attempt`` returns on this rank, when it has ended well on all ranks of the group.
+
+        When it ended, well or not, the ranks meet. Where transfers failed on some of them, all try
+        again from the start on a fresh process group; the caller's own survives. All ranks call
+        this alike and in the same order. One rank alone just runs ``attempt``.
+
+        Args:
+            operation: for messages; alike on all ranks.
+            attempt: is given a communicator like this one, over a process group of the library's
+                own, which counts into this one's counters. It has ``timeout`` seconds, of which a
+                wait may take three quarters: the rest is for the ranks to meet. It leaves what it
+                starts from unchanged; its transfers fail as those of :meth:`start` and
+                :meth:`wait_for` do.
+            retries: attempts after the first.
+            backoff: seconds before the second attempt, then twice as long each time.
+
+        Raises:
+            InputError: ``retries`` or ``backoff`` is negative.
+            RingTimeoutError: transfers failed (RingTimeoutError, CommunicatorError) in the last
+                attempt too; says what each rank met, the same on all.
+            RankFailedError: names the ranks that raised anything else, that did not come in time,
+                or that are at another operation; or the store of the group is gone.
+            CommunicatorError: the group has no store, through which ranks meet.
+            Exception: any other, as ``attempt`` raised it on this rank.
+        """
+        if retries < 0 or backoff < 0:
+            raise InputError(f"retries={retries}, backoff={backoff:g}: neither may be negative")
+        if self.world == 1:
+            return attempt(self)
+
+        def over(group: Any) -> T:
+            communicator = self.over(group, WAIT * self.timeout)
+            communicator.counters = self.counters
+            return attempt(communicator)
+
+        # A GPU's transfers have come when its stream has come to their end.
+        gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        return Attempts[T](
+            self.group,
+            operation,
+            device=device,
+            timeout=self.timeout,
+            retries=retries,
+            backoff=backoff,
+        ).run(over)
+
+    def over(self, group: Any, timeout: float) -> Self:
+        """A communicator like this one over another process group, for :meth:`retried`; a class
+        that is made by more than a group and a timeout overrides it."""
+        return type(self)(group, timeout)

@@ -94,5 +94,10 @@ class DocumentError(RingError, ValueError):
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the option closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(options), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    close = closest(name, options)
+    return f" Did you mean {close!r}?" if close else ""
+
+
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like ``name``, or None if none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(options), n=1)), None)

@@ -35,9 +35,10 @@ class Variant:
 
     config: type[RingAttentionConfig]
     """The variant's own schema."""
-    attention: str
+    attention: str | type[Any]
     """``"module:Class"`` of its :class:`~ring_core.attention.BaseRingAttention` subclass; imported
-    at the first ``create``, so that listing variants needs no torch."""
+    at the first ``create``, so that listing variants needs no torch. Or the class, where that does
+    not matter."""
     summary: str = ""
     """One line for listings."""
     retired_names: Mapping[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from ring_core.errors import (
     RingError,
     UnknownPresetError,
     UnknownVariantError,
+    closest,
     did_you_mean,
 )
 from ring_core.hookspecs import Observer, Preset, Variant
@@ -262,8 +263,10 @@ class Registry:
                 f"unknown variant {name!r}.{did_you_mean(name, known) if name not in known else ''}"
             )
             text += f" Installed: {', '.join(self.names()) or 'none'}."
-            if name in PIP_NAMES:
-                text += f" Install it with: pip install {PIP_NAMES[name]}"
+            meant = name if name in PIP_NAMES else closest(name, known)
+            if meant in PIP_NAMES and meant not in self.names():
+                text += f" Install {'it' if meant == name else meant} with: "
+                text += f"pip install {PIP_NAMES[meant]}"
             return UnknownVariantError(text)
         if row.status == "disabled":
             return UnknownVariantError(
@@ -290,20 +293,37 @@ class Registry:
             return first[0], f"{listed} are of its schema, which others extend"
         if knowing:
             raise ConfigError(f"{listed}: known to {', '.join(knowing)}; name the variant")
+        knowers = {
+            field: sorted(n for n, v in variants.items() if field in v.config.model_fields)
+            for field in sorted(special)
+        }
+        if all(knowers.values()):
+            each = "; ".join(f"{field}: {', '.join(who)}" for field, who in knowers.items())
+            raise ConfigError(
+                f"no installed variant knows all of {listed} ({each}). Name the variant, and leave "
+                "out the fields of others, or give those in the inner of one that wraps another"
+            )
         fields = {field for one in variants.values() for field in one.config.model_fields}
         hints = "".join(did_you_mean(name, fields) for name in sorted(special - fields))
-        others = " ".join(pip for name, pip in PIP_NAMES.items() if name not in variants)
-        raise ConfigError(
+        text = (
             f"no installed variant knows the field(s) {listed}.{hints} "
-            f"Installed: {', '.join(sorted(variants)) or 'none'}; others may know them: "
-            f"pip install {others}"
+            f"Installed: {', '.join(sorted(variants)) or 'none'}"
         )
+        # What is installed and disabled is told by the registry's table.
+        others = [pip for name, pip in PIP_NAMES.items() if self._found().row(name) is None]
+        if others:
+            text += f"; others may know them: pip install {' '.join(others)}"
+        raise ConfigError(text)
 
     def _attention_class(self, name: str, variant: Variant) -> type[BaseRingAttention]:
         row = self._found().row(name)
         origin = row.origin if row else name
         try:
-            found: type[BaseRingAttention] = pkgutil.resolve_name(variant.attention)
+            found: type[BaseRingAttention] = (
+                variant.attention
+                if isinstance(variant.attention, type)
+                else pkgutil.resolve_name(variant.attention)
+            )
             named, schema = variant.config, found.config_class
         except Exception as error:
             raise PluginLoadError(

@@ -121,13 +121,6 @@ class Runtime:
             q.device, q.dtype, q.shape[-1], value_dim, plan.masks, dropout, deterministic
         )
 
-    def _kernel_name(self, q: Tensor, v: Tensor, plan: RankPlan, dropout: bool) -> str:
-        """Ranks must round alike, so they must compute with one kernel."""
-        try:
-            return self.kernel(self.problem(q, v.shape[-1], plan, dropout)).name
-        except KernelError:
-            return "none"  # the call itself says why
-
     def kernel(self, problem: Problem) -> AttentionKernel:
         """The kernel named in the config, or the best that does not refuse.
 
@@ -160,23 +153,27 @@ class Runtime:
             return None
         made = self._communicators.setdefault(plan.group, {})
         if device.type not in made:
-            choice = choose(
-                self.communicator_classes,
-                lambda kind: kind.refuse(plan.group, device),
-                self.config.communicator,
-            )
-            if choice.taken is None:
-                raise CommunicatorError(
-                    f"no communicator for {device.type} tensors in this group of {plan.world} "
-                    f"ranks: {choice.reasons or 'none installed'}"
-                    + _instead("communicator", self.config.communicator)
-                )
-            communicator = choice.taken(plan.group, self.config.timeout)
-            logger.info("communicator %r for %s tensors", choice.taken.name, device.type)
+            kind = self._communicator_class(plan, device)
+            communicator = kind(plan.group, self.config.timeout)
+            logger.info("communicator %r for %s tensors", kind.name, device.type)
             for observer in self.observers:
                 communicator = _given(observer, observer.communicator(communicator), "communicator")
             made[device.type] = communicator
         return made[device.type]
+
+    def _communicator_class(self, plan: RankPlan, device: torch.device) -> type[Communicator]:
+        choice = choose(
+            self.communicator_classes,
+            lambda kind: kind.refuse(plan.group, device),
+            self.config.communicator,
+        )
+        if choice.taken is None:
+            raise CommunicatorError(
+                f"no communicator for {device.type} tensors in this group of {plan.world} "
+                f"ranks: {choice.reasons or 'none installed'}"
+                + _instead("communicator", self.config.communicator)
+            )
+        return choice.taken
 
     def signature(
         self,
@@ -205,6 +202,8 @@ class Runtime:
         also: tuple[tuple[str, str], ...],
     ) -> Signature:
         spec = plan.sequences
+        if q.device.type == "cpu":  # elsewhere ranks may have to compare how they reach each other
+            self._communicator_class(plan, q.device)
         config = self.config.model_dump(mode="json")
         fields = {name: str(value) for name, value in config.items()}
         return Signature(
@@ -220,7 +219,9 @@ class Runtime:
                 "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
                 "dtype": str(q.dtype),
                 "device": q.device.type,
-                "kernel": self._kernel_name(q, v, plan, bool(dropout)),
+                # Ranks must round alike, so they compute with one kernel. Where there is none, this
+                # rank refuses the call before the others start it.
+                "kernel": self.kernel(self.problem(q, v.shape[-1], plan, bool(dropout))).name,
                 "communicators": ", ".join(sorted(one.name for one in self.communicator_classes)),
                 "q": str(tuple(q.shape)),
                 "k": str(tuple(k.shape)),

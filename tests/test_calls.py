@@ -420,3 +420,32 @@ def test_a_refusal_that_all_agreed_on_ends_one_call(cpu_pool: RankPool) -> None:
     found = cpu_pool.run(refused_by_one, world=3, fresh=True, timeout=60)
     assert [told for told, _ in found] == ["DisagreementError", "InputError", "DisagreementError"]
     assert [total for _, total in found] == pytest.approx([24.0] * 3)
+
+
+def unserved(worker: Worker, fields: dict[str, str]) -> tuple[str, float]:
+    """The error of a call that nothing serves, and how far off the group's next one is."""
+    x = torch.ones(1, 18, 2, 8, dtype=torch.float64)
+    wrong = registry.create("standard", group=worker.group, timeout=20, **fields)
+    plan = wrong.plan(18)
+    try:
+        wrong(*3 * [plan.shard(x)], plan=plan)
+        text = "none"
+    except RingError as error:
+        text = f"{type(error).__name__}: {error}"
+    attention = registry.create("standard", group=worker.group, timeout=20)
+    plan = attention.plan(18)
+    out = attention(*3 * [plan.shard(x)], plan=plan)
+    return text, float((out - 1).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"kernel": "cudnn"}, "KernelError"),
+        ({"communicator": "symmetric"}, "CommunicatorError"),
+    ],
+)
+def test_what_nothing_serves_does_not_cost_the_group(cpu_pool: RankPool, fields, says) -> None:
+    for text, error in cpu_pool.run(unserved, fields, world=3):
+        assert text.startswith(says)
+        assert error < 1e-10

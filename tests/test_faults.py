@@ -6,6 +6,7 @@ on every rank within the deadline: the undisturbed result, or one error that nam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import random
 import signal
 import socket
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +40,7 @@ class Saboteur:
 
     def __init__(self, kind: str, transfer: int) -> None:
         self.kind, self.transfer, self.armed, self.seen = kind, transfer, False, 0
-        self.sockets: set[str] = set()
+        self.sockets: Collection[str] = ()
 
     @hookimpl
     def ring_observers(self) -> list[Observer]:
@@ -90,17 +92,30 @@ class Wrapped(WrappedCommunicator):
         return super().give_back(*transfer)
 
 
-def drop(before: set[str]) -> int:
+def connections() -> dict[str, int]:
+    """Sockets of this process, each by a name that no later one gets, with its file's number."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the folder's own is closed again
+            name = os.readlink(f"/proc/self/fd/{number}")
+            if name.startswith("socket:"):
+                found[name] = int(number)
+    return found
+
+
+def drop(before: Collection[str]) -> int:
     """Shut down the connections of this process that were not there ``before``."""
     count = 0
-    for name in set(os.listdir("/proc/self/fd")) - before:
-        try:
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                connection.getpeername()
-                connection.shutdown(socket.SHUT_RDWR)
-                count += 1
-        except OSError:
+    for name, number in connections().items():
+        if name in before:
             continue
+        with (
+            contextlib.suppress(OSError),  # it listens
+            socket.socket(fileno=os.dup(number)) as connection,
+        ):
+            connection.getpeername()
+            connection.shutdown(socket.SHUT_RDWR)
+            count += 1
     return count
 
 
@@ -109,7 +124,8 @@ def steps(group: Any, rank: int, drill: dict[str, Any]) -> list[dict[str, Any]]:
     saboteur = Saboteur(drill["kind"], drill["transfer"])
     registry.register(saboteur, name="saboteur")
     try:
-        saboteur.sockets = set(os.listdir("/proc/self/fd"))
+        dist.barrier(group)  # a rank that is still starting is not what is drilled
+        saboteur.sockets = connections()
         attention = registry.create(
             "distributed",
             causal=True,
@@ -190,7 +206,8 @@ def check(drill: dict[str, Any], outcomes: dict[int, list[dict[str, Any]]]) -> N
                 assert one.get("off by", 1) < 1e-10, (drill, rank, step, one)
     if healed:
         retried = {rank: found[drill["step"]]["retries"] for rank, found in outcomes.items()}
-        assert set(retried.values()) == {int(kind == "drop")}, (drill, retried)
+        # All alike; twice, where a fresh group could not connect in its part of the deadline.
+        assert tuple(set(retried.values())) in ([(1,), (2,)] if kind == "drop" else [(0,)]), drill
         return
     struck = {rank: found[drill["step"]] for rank, found in outcomes.items()}
     others = [one for rank, one in struck.items() if rank != victim]

@@ -480,3 +480,24 @@ def test_no_warning_on_the_normal_way():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Registry().create("standard", causal=True)
+
+
+def test_auto_says_who_knows_which_field() -> None:
+    with pytest.raises(ConfigError, match=r"grid: hilbert; retries: distributed\)\. Name the var"):
+        registry.create("auto", grid=(4, 4), retries=1)
+    with pytest.raises(ConfigError) as caught:
+        registry.create("auto", causl=True)
+    assert "pip install" not in str(caught.value), "all that is known is installed"
+
+
+def test_a_variant_may_hand_over_its_class() -> None:
+    class Plugin:
+        RING_HOOK_API = ring_core.HOOK_API
+
+        @hookimpl
+        def ring_variant(self, name: str) -> Variant:
+            return Variant(StandardConfig, StandardRingAttention)
+
+    mine = Registry()
+    mine.register(Plugin(), name="mine")
+    assert isinstance(mine.create("mine"), StandardRingAttention)

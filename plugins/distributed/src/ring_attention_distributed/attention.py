@@ -16,7 +16,8 @@ from ring_attention_distributed.heads import Split, degrees
 from ring_attention_distributed.levels import Levels, levels_of
 from ring_attention_distributed.mesh import Mesh, part_of, places, ring_plan
 from ring_attention_distributed.monitor import Monitor, MonitoredCall, monitor_by
-from ring_attention_distributed.steady import WAIT, SteadyCall
+from ring_attention_distributed.steady import SteadyCall
+from ring_core.attempts import WAIT
 from ring_core.attention import BaseRingAttention
 from ring_core.calls import AnyCall, Call
 from ring_core.config import RingAttentionConfig

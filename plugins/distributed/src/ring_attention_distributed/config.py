@@ -27,6 +27,8 @@ def _inner(given: Any) -> Any:
         )
     fields = dict(given)
     name = fields.pop("variant", "standard")
+    if name == "auto":  # as a base config has it
+        name = "standard"
     if name == NAME:
         raise ValueError(
             f"{NAME!r} cannot be wrapped in itself; name the variant that computes, such as "

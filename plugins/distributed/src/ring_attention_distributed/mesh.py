@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attention_distributed.child import abort, child_group, destroy
+from ring_core.child import child_group, destroy
 from ring_core.layout import Layout, joined
 from ring_core.plan import Plan
 from ring_core.rank_plan import RankPlan
@@ -195,9 +195,3 @@ def part_of(group: Any, members: Sequence[int], timeout: float) -> Any | None:
         made[key] = child_group(group, [ranks[member] for member in members], timeout)
         finalize(group, destroy, made[key])
     return made[key]
-
-
-def abort_parts(group: Any) -> None:
-    """End the transfers of the parts of a group that failed."""
-    for part in _parts.pop(group, {}).values():
-        abort(part)

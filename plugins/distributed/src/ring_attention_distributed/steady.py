@@ -1,33 +1,26 @@
-"""A call that ends alike on all ranks: tried again after failed transfers, or one error for all."""
+"""A forward or a backward that ends alike on all ranks."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ring_attention_distributed.finite import not_finite
-from ring_attention_distributed.lane import Lane, lane_of
-from ring_attention_distributed.verdict import Report
 from ring_core import engine
 from ring_core.agreement import agreement_of
+from ring_core.attempts import Attempts
 from ring_core.calls import Call
-from ring_core.errors import CommunicatorError, NonFiniteError, RingTimeoutError
+from ring_core.errors import NonFiniteError, RingError
 from ring_core.given import Given
 from ring_core.rank_plan import RankPlan
 
-logger = logging.getLogger("ring_attention_distributed")
-
 T = TypeVar("T", bound=tuple[Tensor, ...])
-
-WAIT = 0.75
-"""Of the deadline, what a transfer may take; the rest is for the ranks to meet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,37 +43,61 @@ class _Run(Generic[T]):
         return not_finite(plan, {**self.inputs, **results})
 
 
+class _Attempts(Attempts[T]):
+    """Attempts at a forward or a backward.
+
+    Args:
+        call: of the group. finite: whether to check what comes out.
+        forget: what holds on to a process group that failed.
+    """
+
+    logger: ClassVar[logging.Logger] = logging.getLogger("ring_attention_distributed")
+
+    def __init__(
+        self,
+        run: _Run[T],
+        call: Call,
+        *,
+        finite: bool,
+        forget: Callable[[], None],
+        **limits: Any,
+    ) -> None:
+        super().__init__(
+            call.plan.group,
+            f"{run.direction} of call {call.number}",
+            timeout=call.runtime.config.timeout,
+            **limits,
+        )
+        self._run, self._call, self._finite, self._forget = run, call, finite, forget
+
+    def check(self, result: T) -> str | None:
+        return self._run.not_finite(self._call.plan, result) if self._finite else None
+
+    def failed(self) -> None:
+        self._forget()
+
+    def lost(self, error: RingError) -> RingError:
+        return agreement_of(self._call.plan.group).end(self._call.number, error)
+
+
 class SteadyCall:
-    """An attempt is the whole forward, or backward, from inputs that nobody changed. When it ended,
-    well or not, the ranks meet: all go on, all try again on a fresh process group, or all raise.
+    """A call whose forward and backward are tried until they end alike on all ranks; see
+    :class:`ring_core.attempts.Attempts`.
 
     Args:
         call: of the group, for its number and for what ranks compare.
         on: makes the call that attends, by a plan over the process group to use.
         device: of the tensors.
-        retries: attempts after the first. backoff: seconds before the second, then twice as long.
-        finite: whether to check what comes out.
-        forget: what holds on to a process group that failed.
+        attempts: retries, backoff, and what else :class:`_Attempts` takes.
 
     Attributes:
         retried: attempts after the first, so far.
     """
 
     def __init__(
-        self,
-        call: Call,
-        on: Callable[[RankPlan], Call],
-        *,
-        device: torch.device,
-        retries: int,
-        backoff: float,
-        finite: bool,
-        forget: Callable[[], None],
+        self, call: Call, on: Callable[[RankPlan], Call], *, device: torch.device, **attempts: Any
     ) -> None:
-        self._call, self._on, self._device = call, on, device
-        self._retries, self._backoff, self._finite = retries, backoff, finite
-        self._forget = forget
-        self._timeout = call.runtime.config.timeout
+        self._call, self._on, self._device, self._attempts = call, on, device, attempts
         self.number, self.seed = call.number, call.seed
         self.retried = 0
 
@@ -104,52 +121,19 @@ class SteadyCall:
         return self._steadily(run)
 
     def _steadily(self, run: _Run[T]) -> T:
-        call, plan = self._call, self._call.plan
+        plan = self._call.plan
         if plan.world == 1:
             return self._alone(run)
-        lane = lane_of(plan.group)
-        for attempt in range(self._retries + 1):
-            what = f"{run.direction} of call {call.number}"
-            if attempt:
-                what += f", attempt {attempt + 1}"
-            here = f"rank {plan.rank} of {plan.world}, {what}"
-            result: T | None = None
-            raised: Exception | None = None
-            started = time.monotonic()
-            try:
-                with engine.quiet(self._device):
-                    result = run.by(self._on(lane_plan(plan, lane, WAIT * self._timeout)))
-                    self._settle(here, started)
-                report = Report("done")
-                if self._finite:
-                    found = run.not_finite(plan, result)
-                    report = Report("nonfinite", f"{here}: {found}") if found else report
-            except (RingTimeoutError, CommunicatorError) as error:
-                report, raised = Report("late", f"{here}: {error}"), error
-            except Exception as other:
-                report = Report("raised", f"{here}: {type(other).__name__}: {other}")
-                raised = other
-            left = self._timeout - (time.monotonic() - started)
-            verdict = lane.meetings.meet(what, report, max(left, (1 - WAIT) * self._timeout))
-            if verdict.error is not None and not isinstance(verdict.error, NonFiniteError):
-                lane.fail()  # what was on its way when a rank broke off would come still
-                self._forget()
-            if verdict.error is None:
-                assert result is not None
-                return result
-            if verdict.again and attempt < self._retries:
-                self.retried += 1
-                pause = self._backoff * 2**attempt
-                logger.warning("%s; trying again in %g s", verdict.text, pause)
-                time.sleep(pause)
-                continue
-            ending = verdict.error
-            if verdict.lost:
-                ending = agreement_of(plan.group).end(call.number, ending)
-            if report.ending == "raised" and raised is not None:
-                raise raised  # the others have it by name
-            raise ending from raised
-        raise AssertionError("an attempt ends with a result, another attempt or an error")
+
+        def attempt(group: Any) -> T:
+            with engine.quiet(self._device):
+                return run.by(self._on(_over(plan, group)))
+
+        attempts = _Attempts(run, self._call, device=self._device, **self._attempts)
+        try:
+            return attempts.run(attempt)
+        finally:
+            self.retried += attempts.retried
 
     def _alone(self, run: _Run[T]) -> T:
         """With one rank there is nobody to meet."""
@@ -159,27 +143,14 @@ class SteadyCall:
             raise NonFiniteError(f"{run.direction}: {found}")
         return result
 
-    def _settle(self, here: str, started: float) -> None:
-        """Wait until a GPU has done its part: only then is it known whether all came."""
-        device = self._device
-        if device.type != "cuda":
-            return
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(device))
-        while not done.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() - started > WAIT * self._timeout:
-                raise RingTimeoutError(f"{here}: the GPU waits for a peer's data")
-            time.sleep(2e-5)
+
+_overs: WeakKeyDictionary[RankPlan, RankPlan] = WeakKeyDictionary()
 
 
-_on_lanes: WeakKeyDictionary[RankPlan, RankPlan] = WeakKeyDictionary()
-
-
-def lane_plan(plan: RankPlan, lane: Lane, timeout: float) -> RankPlan:
-    """The plan over the lane's process group of the moment."""
-    group = lane.over(plan.group, timeout)
-    made = _on_lanes.get(plan)
+def _over(plan: RankPlan, group: Any) -> RankPlan:
+    """The plan over the process group of an attempt."""
+    made = _overs.get(plan)
     if made is None or made.group is not group:
         made = RankPlan(plan.plan, plan.sequences, group, plan.made_by, within=True)
-        _on_lanes[plan] = made
+        _overs[plan] = made
     return made

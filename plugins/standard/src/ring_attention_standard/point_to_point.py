@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_core.communication import RingCommunicationMixin
-from ring_core.errors import RingTimeoutError
 from ring_core.protocols import Pending
 from ring_core.rounds import Round, Step
 from ring_core.rows import as_packed, block_views, blocks_numel, pack, part_views, parts_numel
@@ -122,13 +121,7 @@ class PointToPoint(RingCommunicationMixin):
                 f"rank {incoming[0]})"
             )
 
-        try:
-            works = dist.batch_isend_irecv(ops) if ops else []
-        except RuntimeError as error:
-            raise RingTimeoutError(
-                f"rank {self.rank} of {self.world}: {name()} failed to start: {error}"
-            ) from error
-        return works, name
+        return self.start(ops, name), name
 
 
 def _end_to_end(parts: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -21,6 +22,7 @@ _GLOO_WAITS = 5
 """Times its timeout, for a peer that connects to it."""
 
 _lock = threading.Lock()
+_made: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def child_group(group: Any, ranks: Sequence[int], timeout: float) -> Any:
@@ -40,7 +42,7 @@ def child_group(group: Any, ranks: Sequence[int], timeout: float) -> Any:
     name = hashlib.sha1(f"ring_attention {group.group_name} {turns} {joined}".encode()).hexdigest()
     try:
         with _named(name):
-            return dist.new_group(
+            child = dist.new_group(
                 list(ranks),
                 timeout=timedelta(seconds=timeout),
                 backend=backend,
@@ -50,14 +52,18 @@ def child_group(group: Any, ranks: Sequence[int], timeout: float) -> Any:
         raise CommunicatorError(
             f"rank {rank} of {world}: no process group with ranks {list(ranks)}: {error}"
         ) from error
+    _made.setdefault(group, WeakSet()).add(child)
+    return child
 
 
 def abort(child: Any) -> None:
-    """End the transfers of a group of :func:`child_group` that failed.
+    """End the transfers of a group of :func:`child_group` that failed, and of those made of it.
 
     It is not destroyed while errors of its transfers are alive: gloo (of torch 2.13) warns then in
     the middle of them, and Python raises a SystemError in their place.
     """
+    for part in _made.pop(child, ()):
+        abort(part)
     with contextlib.suppress(Exception):  # it is broken already
         child.abort()
 

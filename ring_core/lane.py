@@ -7,10 +7,9 @@ from weakref import WeakKeyDictionary, finalize
 
 import torch.distributed as dist
 
-from ring_attention_distributed.child import abort, child_group, destroy
-from ring_attention_distributed.mesh import abort_parts
-from ring_attention_distributed.verdict import Meetings
+from ring_core.child import abort, child_group, destroy
 from ring_core.groups import rank_and_world
+from ring_core.meetings import Meetings
 from ring_core.store import store_of, turn
 
 
@@ -41,7 +40,6 @@ class Lane:
         """Give the process group up; the next question makes another."""
         child, self._child = self._child, None
         if child is not None:
-            abort_parts(child)
             abort(child)
 
     def close(self) -> None:
@@ -55,7 +53,7 @@ _lanes: WeakKeyDictionary[Any, Lane] = WeakKeyDictionary()
 
 
 def lane_of(group: Any) -> Lane:
-    """The lane of a group, shared by all its attentions; it goes with the group."""
+    """The lane of a group, shared by all that use it; it goes with the group."""
     if group not in _lanes:
         _lanes[group] = lane = Lane(group)
         finalize(group, lane.close)
