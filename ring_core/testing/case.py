@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from math import prod
 from typing import Any
 
 import torch
@@ -157,18 +159,31 @@ def run_case(worker: Worker, case: Case) -> Result | None:
 
 
 def gathered(plan: RankPlan, out: Tensor, lse: Tensor, *gradients: Tensor | None) -> Result:
-    """Whole tensors; a missing gradient is NaN. Those of one side travel together."""
+    """Whole tensors; a missing gradient is NaN. Those of one layout travel together."""
     dq, dk, dv = gradients
-    out, dq = _unsharded(plan, (out.detach(), dq), kv=False)
-    dk, dv = _unsharded(plan, (dk, dv), kv=True)
-    return Result(out, plan.unshard(lse.detach(), dim=2).cpu(), dq, dk, dv)
+    mine = [out.detach(), lse.detach().transpose(1, 2)[..., None], dq]
+    queries, keys = plan.plan.shards
+    if queries == keys:
+        whole = _unsharded(plan, [*mine, dk, dv], kv=False)
+    else:
+        whole = [*_unsharded(plan, mine, kv=False), *_unsharded(plan, [dk, dv], kv=True)]
+    out, lse, dq, dk, dv = whole
+    return Result(out, lse[..., 0].transpose(1, 2), dq, dk, dv)
 
 
 def _unsharded(plan: RankPlan, shards: Sequence[Tensor | None], kv: bool) -> list[Tensor]:
     there = [x for x in shards if x is not None]
-    whole = plan.unshard(torch.cat(there, -1), kv=kv).cpu() if there else torch.empty(0)
-    parts = iter(whole.split([x.shape[-1] for x in there], -1)) if there else iter(())
-    return [torch.full((1,), torch.nan) if x is None else next(parts) for x in shards]
+    if there:
+        wide = reduce(torch.promote_types, (x.dtype for x in there))
+        rows = torch.cat([x.to(wide).flatten(2) for x in there], -1)
+        columns = [prod(x.shape[2:]) for x in there]
+        whole = iter(torch.split(plan.unshard(rows, kv=kv).cpu(), columns, -1))
+    return [
+        torch.full((1,), torch.nan)
+        if x is None
+        else torch.unflatten(next(whole).to(x.dtype), 2, x.shape[2:])
+        for x in shards
+    ]
 
 
 def visible_of(case: Case) -> Tensor:
