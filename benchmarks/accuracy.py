@@ -20,9 +20,7 @@ def errors(entry: Entry, tensors: Sequence[Tensor]) -> dict[str, float] | None:
     gather = entry.contender.gather
     if gather is None:
         return None
-    out = entry.contender.attend(*entry.leaves)
-    gradients = torch.autograd.grad(out, entry.leaves, entry.dout)
-    found = [gather(x).detach() for x in (out, *gradients)]
+    found = [gather(x).detach() for x in entry.step.both()]
     q, k, v, dout = tensors
     tokens, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     group, scale = heads // kv_heads, q.shape[3] ** -0.5

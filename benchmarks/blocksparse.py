@@ -307,6 +307,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))

@@ -124,6 +124,7 @@ def table(many: list[dict[str, Any]], one: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
     parser.add_argument("--most", type=int, default=1 << 20, help="cells of the largest grid")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     options = parser.parse_args()

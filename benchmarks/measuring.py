@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from peers import Contender
+from ring_core.bench.step import Step
 
 SECONDS_A_TURN = 0.25
 
@@ -24,29 +26,18 @@ class Entry:
 
     def __init__(self, contender: Contender, tensors: Sequence[Tensor], alone: bool) -> None:
         self.contender, self.alone = contender, alone
-        self.q, self.k, self.v, self.dout = (contender.shard(x).contiguous() for x in tensors)
-        self.leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        self.step = Step(contender.attend, [contender.shard(x).contiguous() for x in tensors])
         self.times: dict[str, list[float]] = {"forward": [], "both": []}
         self.host: dict[str, float] = {}
         self.memory: dict[str, int] = {}
 
-    def forward(self) -> None:
-        with torch.no_grad():
-            self.contender.attend(self.q, self.k, self.v)
-
-    def both(self) -> None:
-        out = self.contender.attend(*self.leaves)
-        torch.autograd.grad(out, self.leaves, self.dout)
-
     @property
-    def ways(self) -> dict[str, Callable[[], None]]:
-        return {"forward": self.forward, "both": self.both}
+    def ways(self) -> dict[str, Callable[[], Any]]:
+        return {"forward": self.step.forward, "both": self.step.both}
 
     def warm(self) -> None:
         """Compile, allocate, and find out how many runs make a turn."""
-        for run in self.ways.values():
-            for _ in range(3):
-                run()
+        self.step.warm()
         seconds = torch.zeros((), device="cuda")
         for name, run in self.ways.items():
             self._together()
@@ -61,7 +52,8 @@ class Entry:
 
     def measure_memory(self) -> None:
         """Most bytes beyond inputs and outputs at any time of a run."""
-        outputs = {"forward": self.q.nbytes, "both": self.q.nbytes * 2 + 2 * self.k.nbytes}
+        q, k, _ = self.step.leaves
+        outputs = {"forward": q.nbytes, "both": q.nbytes * 2 + 2 * k.nbytes}
         for name, run in self.ways.items():
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()

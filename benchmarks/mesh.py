@@ -16,6 +16,7 @@ import torch
 
 from page import WAYS, add_arguments, on_many_and_one, write
 from ring_core import registry
+from ring_core.bench.step import Step
 from ring_core.bench.stopwatch import Stopwatch
 from ring_core.launching import Worker
 
@@ -69,26 +70,16 @@ def _one(
     plan = attention.plan(rows * worker.world)
     torch.manual_seed(worker.rank)
     dtype = getattr(torch, job.dtype)
-    q, k, v = (
+    q, k, v, dout = (
         torch.randn(1, rows, heads, job.head_dim, dtype=dtype, device=worker.device)
-        for heads in (q_heads, kv_heads, kv_heads)
+        for heads in (q_heads, kv_heads, kv_heads, q_heads)
     )
     known = {one.degree: one for one in attention.predictions(plan, q, k, v)}
     if fields.get("ulysses", "auto") != "auto" and fields["ulysses"] not in known:
         return None
     degree = attention.degree(plan, q, k, v)
-    leaves, dout = [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q)
-
-    def forward() -> None:
-        with torch.no_grad():
-            attention(q, k, v, plan=plan)
-
-    def both() -> None:
-        torch.autograd.grad(attention(*leaves, plan=plan), leaves, dout)
-
-    for run in (forward, both):
-        for _ in range(3):
-            run()
+    step = Step(lambda *x: attention(*x, plan=plan), (q, k, v, dout))
+    step.warm()
     return {
         "ranks": worker.world,
         "rows": rows,
@@ -97,10 +88,10 @@ def _one(
         "degree": degree,
         **{
             name: watch.milliseconds(run, job.turns)
-            for name, run in zip(WAYS, (forward, both), strict=True)
+            for name, run in zip(WAYS, (step.forward, step.both), strict=True)
         },
         "predicted": 1e3 * known[degree].total,
-        "GB": watch.bytes(both) / 1e9,
+        "GB": watch.bytes(step.both) / 1e9,
     }
 
 
@@ -136,6 +127,7 @@ def _how(fields: dict[str, Any], degree: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--kernel", default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32768], help="a rank")
     parser.add_argument("--heads", nargs="+", default=["32/8", "28/7", "8/1"])
     parser.add_argument("--head-dim", type=int, default=128)

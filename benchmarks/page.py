@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every such script has."""
     gpus = torch.cuda.device_count()
     parser.add_argument("--ranks", type=int, default=gpus or 2)
-    parser.add_argument("--kernel", default="auto", help="of the sparse rows (default: auto)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output", type=Path, help="folder for a dated page")

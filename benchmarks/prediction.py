@@ -2,15 +2,17 @@
 
 ``python benchmarks/prediction.py --output benchmarks/results`` measures rates with one process and
 with several, predicts from them attentions at lengths and in layouts that were not measured,
-measures those too, and writes a page. ``--keep FILE`` keeps the rates of several.
+measures those too, and writes a page. ``--keep FILE`` keeps the rates of several. ``--kernels``:
+each attention with every one of these that can compute it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from page import add_arguments, write
 from ring_core import registry
 from ring_core.bench.memory import PeakMemory
+from ring_core.bench.step import Step
 from ring_core.bench.stopwatch import Stopwatch
 from ring_core.errors import RingError
 from ring_core.launching import Worker, launch
@@ -83,34 +86,23 @@ def _one(
     sizes = job.sizes
     attention = registry.create(case)
     plan = attention.plan(rows * worker.world)
-    q, k, v = (
-        torch.randn(1, rows, heads, sizes.head_dim, device=worker.device)
-        .to(getattr(torch, sizes.dtype))
-        .requires_grad_()
-        for heads in (sizes.q_heads, sizes.kv_heads, sizes.kv_heads)
-    )
-    dout = torch.randn_like(q)
-
-    def forward() -> None:
-        with torch.no_grad():
-            attention(q, k, v, plan=plan)
-
-    def both() -> None:
-        torch.autograd.grad(attention(q, k, v, plan=plan), (q, k, v), dout)
-
+    tensors = [
+        torch.randn(1, rows, heads, sizes.head_dim, device=worker.device).to(
+            getattr(torch, sizes.dtype)
+        )
+        for heads in (sizes.q_heads, sizes.kv_heads, sizes.kv_heads, sizes.q_heads)
+    ]
     small = attention.plan(worker.world)  # or what is loaded at the first call would count
-    few = small.local_len
-    attention(*(x[:, :few] for x in (q, k, v)), plan=small).sum().backward()
-    q.grad = k.grad = v.grad = None
+    few = [x[:, : small.local_len] for x in tensors]
+    Step(lambda *x: attention(*x, plan=small), few).both()
+    step = Step(lambda *x: attention(*x, plan=plan), tensors)
     memory = PeakMemory(worker.device)
-    both()
+    step.both()
     peak = memory.taken()
-    for run in (forward, both):
-        for _ in range(2):
-            run()
+    step.warm()
     return {
-        "forward": watch.milliseconds(forward, job.turns),
-        "both": watch.milliseconds(both, job.turns),
+        "forward": watch.milliseconds(step.forward, job.turns),
+        "both": watch.milliseconds(step.both, job.turns),
         "peak": int(watch.slowest(peak)) / 1e6,
     }
 
@@ -130,6 +122,26 @@ def predicted(
         "both": 1e3 * found.total,
         "peak": found.peak_bytes / 1e6,
     }
+
+
+def rates(
+    sizes: Sizes, longest: int, kernels: Sequence[str], processes: int, device_type: str
+) -> Rates:
+    """Of all that :data:`RATED` names, with the kernels that can."""
+    found: Rates | None = None
+    for fields, kernel in itertools.product(RATED, kernels):
+        fields = {**fields, "kernel": kernel}
+        if fields["variant"] == "distributed":
+            fields["ulysses"] = processes
+        try:
+            more = calibrate(Rating(fields, sizes, longest), processes, device_type)
+        except RingError as error:
+            print(f"{fields}: {str(error).splitlines()[-1]}", flush=True)
+            continue
+        found = more if found is None else found.beside(more)
+    if found is None:
+        raise SystemExit(f"none of {', '.join(kernels)} computes anything here")
+    return found
 
 
 HEADER = [
@@ -169,23 +181,21 @@ def main() -> None:
     parser.add_argument("--heads", default="32/8" if gpus else "8/2")
     parser.add_argument("--head-dim", type=int, default=128 if gpus else 64)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the rates")
+    parser.add_argument("--kernels", nargs="+", default=["auto"])
     parser.set_defaults(dtype="bfloat16" if gpus else "float32")
     options = parser.parse_args()
     q_heads, kv_heads = map(int, options.heads.split("/"))
     head_dim, device_type = options.head_dim, "cuda" if gpus else "cpu"
     sizes = Sizes(q_heads, kv_heads, head_dim, head_dim, 1, options.dtype)
-    rated = {}
-    for count in sorted({1, options.ranks}):
-        rated[count] = calibrate(Rating(RATED[0], sizes, options.longest), count, device_type)
-        for fields in RATED[1:]:
-            if fields["variant"] == "distributed":
-                fields = {**fields, "ulysses": count}
-            more = calibrate(Rating(fields, sizes, options.longest), count, device_type)
-            rated[count] = rated[count].beside(more)
+    rated = {
+        count: rates(sizes, options.longest, options.kernels, count, device_type)
+        for count in sorted({1, options.ranks})
+    }
     if options.keep:
         rated[options.ranks].save(options.keep)
     default = (3072, 12288, 24576) if gpus else (768, 3072)
-    job = Job(CASES, tuple(options.rows or default), sizes, options.turns)
+    cases = tuple({**case, "kernel": kernel} for kernel in options.kernels for case in CASES)
+    job = Job(cases, tuple(options.rows or default), sizes, options.turns)
     found = []
     for world in sorted({1, options.ranks}):
         took = launch(measure, job, processes=world, device_type=device_type)[0]
@@ -197,7 +207,9 @@ def main() -> None:
             off = {way: guess[way] / real[way] - 1 for way in ("forward", "both")}
             found.append(
                 {
-                    "case": ", ".join(f"{name}={value}" for name, value in case.items()),
+                    "case": ", ".join(
+                        f"{name}={value}" for name, value in case.items() if value != "auto"
+                    ),
                     "ranks": world,
                     "rows": rows,
                     "measured": real,
@@ -210,9 +222,9 @@ def main() -> None:
     if options.output:
         kind = "GPUs" if gpus else "processes"
         title = f"Predicted and measured times, {options.ranks} {kind}, {q_heads} query heads"
-        rates = [json.loads(one.model_dump_json()) for one in rated.values()]
-        name = f"prediction-{'gpu' if gpus else 'cpu'}"
-        write(options.output, name, title, lines, {"cases": found, "rates": rates})
+        measured = [json.loads(one.model_dump_json()) for one in rated.values()]
+        name = f"prediction-{f'{options.ranks}gpu' if gpus else 'cpu'}"
+        write(options.output, name, title, lines, {"cases": found, "rates": measured})
 
 
 if __name__ == "__main__":

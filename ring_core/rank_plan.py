@@ -121,6 +121,11 @@ class RankPlan:
         return self.plan.imbalance(self.sequences.batch)
 
     @cached_property
+    def digest(self) -> str:
+        """Of the plan: equal on ranks that have the same one."""
+        return hashlib.sha256(repr(self.plan).encode()).hexdigest()[:16]
+
+    @cached_property
     def masks(self) -> frozenset[type[Mask]]:
         """The kinds of mask that the plan's tiles have, on any rank."""
         return self.plan.masks
@@ -208,7 +213,6 @@ class RankPlan:
         """A collective that one rank comes to with another shape would hang, or mix up numbers."""
         key = x.shape, x.dtype, x.device.type, dim, kv
         if key not in self._signatures:
-            plan = hashlib.sha256(repr(self.plan).encode()).hexdigest()[:16]
             fields = {
                 "operation": "gathering shards",
                 "shape": str(tuple(x.shape)),
@@ -216,7 +220,7 @@ class RankPlan:
                 "device": x.device.type,
                 "dim": str(dim),
                 "kv": str(kv),
-                "plan": plan,
+                "plan": self.digest,
             }
             self._signatures[key] = Signature(fields)
         agreement = agreement_of(self.group)

@@ -216,7 +216,7 @@ class Runtime:
                     [(d.q.start, d.q.stop, d.kv.start, d.kv.stop) for d in spec.documents]
                 ),
                 "lengths": _brief(spec.lengths),
-                "plan": hashlib.sha256(repr(plan.plan).encode()).hexdigest()[:16],
+                "plan": plan.digest,
                 "dtype": str(q.dtype),
                 "device": q.device.type,
                 # Ranks must round alike, so they compute with one kernel. Where there is none, this

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ring_attention_blocksparse import BlockSparseConfig, BlockSparseRingAttention
 from ring_attention_blocksparse import reference as by_definition
 from ring_attention_blocksparse.mask import join
+from ring_attention_blocksparse.pairs import active
 
 from ring_core import reference, registry
 from ring_core.errors import ConfigError, InputError
@@ -178,6 +179,7 @@ def test_every_shown_pair_is_computed_once_by_the_rank_that_holds_it(problem, wo
         assert elements_sent(plan, rank, kv_heads) <= kv_heads * length * (world - 1)
         for one in rounds(plan, rank, shards):
             for tile in join(one.tiles):
+                check_cost(tile.mask)
                 theirs = plan.keys.positions(rank)
                 if one.index:
                     block = one.blocks[tile.block]
@@ -204,12 +206,30 @@ def test_every_shown_pair_is_computed_once_by_the_rank_that_holds_it(problem, wo
     assert torch.equal(times, shown.long())
     # Each send has its receive.
     sent = sum(elements_sent(plan, rank, kv_heads) for rank in range(world))
-    assert sent == sum(elements_fetched(plan, rank, kv_heads) for rank in range(world))
+    fetched = [elements_fetched(plan, rank, kv_heads) for rank in range(world)]
+    assert sent == sum(fetched)
+    assert plan.whole.fetched() == max(fetched) / kv_heads
     for rank in range(world):
         for one in rounds(plan, rank, 1)[1:]:
             (step,) = one.steps
             there = [x for x in rounds(plan, step.requester, 1) if x.index == one.index]
             assert step.give == (there[0].steps[0].parts if there else ())
+
+
+def check_cost(mask):
+    """What a prediction counts without tables is what they hold, in whole blocks; a part of a block
+    may see nothing of what the block sees."""
+    tables, area = mask.tables(torch.device("cpu")), 0
+    for head in mask.heads if tables.heads > 1 else mask.heads[:1]:
+        known = active(mask.scene, mask.patterns, head)
+        for i in range(mask.scene.query_blocks):
+            rows = int(tables.q.size[tables.q.block == i].sum())
+            for j in known.block[known.start[i] : known.start[i + 1]].tolist():
+                area += rows * int(tables.kv.size[tables.kv.block == j].sum())
+    name, counted = mask.cost(tables.q.total, tables.kv.total)
+    assert counted == area // tables.heads
+    assert counted >= tables.area() // tables.heads
+    assert ("unmasked" in name) <= (not len(tables.bits))
 
 
 def test_random_blocks_are_distinct_visible_and_of_all_places():

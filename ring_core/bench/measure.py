@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ring_core import hookimpl
 from ring_core.bench.memory import PeakMemory
+from ring_core.bench.step import Step
 from ring_core.bench.stopwatch import Stopwatch
 from ring_core.errors import RingError
 from ring_core.hookspecs import Observer
@@ -92,7 +93,7 @@ def _alone(worker: Worker, job: Job) -> Row:
         try:
             attention = registry.create({**contender.fields, "kernel": "reference"})
             plan = attention.plan(job.tokens)
-            found = _both(lambda *x: attention(*x, plan=plan), exact)  # noqa: B023
+            found = Step(lambda *x: attention(*x, plan=plan), exact).both()  # noqa: B023
         except RingError:
             continue  # it will be refused on all ranks, too
         torch.save([x.cpu() for x in found], _result(job, number))
@@ -102,8 +103,8 @@ def _alone(worker: Worker, job: Job) -> Row:
         found = F.scaled_dot_product_attention(q, k, v, is_causal=job.causal, enable_gqa=True)
         return found.transpose(1, 2)
 
-    right = _both(dense, exact)
-    found = _both(dense, tensors)
+    right = Step(dense, exact).both()
+    found = Step(dense, tensors).both()
     return _row(worker, job, DENSE, dense, tensors, _errors(found, right))
 
 
@@ -125,7 +126,7 @@ def _measured(worker: Worker, job: Job, number: int, contender: Contender) -> Ro
             found: Tensor = attention(*inputs, plan=plan)
             return found
 
-        found = [plan.unshard(x) for x in _both(attend, tensors)]
+        found = [plan.unshard(x) for x in Step(attend, tensors).both()]
         right = torch.load(_result(job, number), map_location=worker.device)
         errors = _errors(found, right)
         return _row(worker, job, contender.name, attend, tensors, errors, listener.sent)
@@ -144,24 +145,16 @@ def _row(
     errors: Mapping[str, float],
     sent: Callable[[], int] = lambda: 0,
 ) -> Row:
-    watch = Stopwatch(worker)
-
-    def forward() -> None:
-        with torch.no_grad():
-            attend(*tensors[:3])
-
-    def both() -> None:
-        _both(attend, tensors)
-
+    watch, step = Stopwatch(worker), Step(attend, tensors)
     before = sent()
     memory = PeakMemory(worker.device)
-    both()
+    step.both()
     peak, bytes_sent = memory.taken(), sent() - before
     return Row(
         name,
         worker.world,
-        watch.milliseconds(forward, job.turns),
-        watch.milliseconds(both, job.turns),
+        watch.milliseconds(step.forward, job.turns),
+        watch.milliseconds(step.both, job.turns),
         int(watch.slowest(peak)),
         int(watch.slowest(bytes_sent)),
         errors,
@@ -176,13 +169,6 @@ def _tensors(job: Job, device: torch.device) -> list[Tensor]:
         torch.randn(1, job.tokens, h, job.head_dim, generator=generator).to(device, job.dtype)
         for h in heads
     ]
-
-
-def _both(attend: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    *inputs, dout = (x.detach() for x in tensors)
-    leaves = [x.requires_grad_() for x in inputs]
-    out = attend(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 def _errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, float]:

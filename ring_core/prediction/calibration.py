@@ -22,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_core.attention import BaseRingAttention
+from ring_core.bench.step import Step
 from ring_core.bench.stopwatch import Stopwatch
+from ring_core.config import RingAttentionConfig
 from ring_core.errors import InputError
 from ring_core.launching import Worker, launch
 from ring_core.layout import contiguous
@@ -65,8 +67,13 @@ def calibrate(job: Job, processes: int, device_type: str) -> Rates:
     """Rates of so many processes on this machine, with curves for one attention.
 
     Raises:
+        InputError: weights are dropped, which changes what kernels do.
         RankFailedError: it cannot be computed here; says why.
     """
+    if dropout := registry.create(job.fields).config.dropout:
+        raise InputError(
+            f"dropout={dropout}: rates are of attention that keeps all weights; calibrate with 0"
+        )
     rates: Rates = launch(_measured, job, processes=processes, device_type=device_type)[0]
     return rates
 
@@ -158,28 +165,18 @@ def _call(
     """Seconds of a call's forward, and of its backward."""
     plan = attention.plan(world * shard)
     device = watch.worker.device
-    q, k, v = (
+    tensors = (
         torch.randn(1, rows, heads, dim, device=device).to(getattr(torch, sizes.dtype))
         for rows, heads, dim in (
             (plan.local_len, sizes.q_heads, sizes.head_dim),
             (plan.kv_local_len, sizes.kv_heads, sizes.head_dim),
             (plan.kv_local_len, sizes.kv_heads, sizes.value_dim),
+            (plan.local_len, sizes.q_heads, sizes.value_dim),
         )
     )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    dout = torch.ones_like(attention(*leaves, plan=plan))
-
-    def forward() -> None:
-        with torch.no_grad():
-            attention(q, k, v, plan=plan)
-
-    def both() -> None:
-        torch.autograd.grad(attention(*leaves, plan=plan), leaves, dout)
-
-    for run in (forward, both):
-        for _ in range(3):
-            run()
-    first, all_of_it = (watch.milliseconds(run, _TURNS) / 1e3 for run in (forward, both))
+    step = Step(lambda *x: attention(*x, plan=plan), list(tensors))
+    step.warm()
+    first, all_of_it = (watch.milliseconds(run, _TURNS) / 1e3 for run in (step.forward, step.both))
     return first, max(0.0, all_of_it - first)
 
 
@@ -306,7 +303,7 @@ def _curves(watch: Stopwatch, attention: BaseRingAttention, job: Job) -> Iterato
                 points = found.setdefault(name, {})
                 # One for each doubling: between them lines are drawn.
                 if operations and round(math.log2(operations)) not in points:
-                    forward, backward, host = _tile(watch, kernel, tile, sizes)
+                    forward, backward, host = _tile(watch, kernel, tile, sizes, attention.config)
                     points[round(math.log2(operations))] = operations, forward, backward
                     hosts.setdefault(name, host)
                     slowest = max(slowest, forward)
@@ -353,7 +350,11 @@ def _kernel(
 
 
 def _tile(
-    watch: Stopwatch, kernel: AttentionKernel, tile: Tile, sizes: Sizes
+    watch: Stopwatch,
+    kernel: AttentionKernel,
+    tile: Tile,
+    sizes: Sizes,
+    config: RingAttentionConfig,
 ) -> tuple[float, float, Both]:
     """Seconds of a tile's forward and backward, and of the processor in each."""
     kv_heads = tile.heads.count(sizes.kv_heads)
@@ -369,7 +370,7 @@ def _tile(
             (tile.q.count, q_heads, sizes.value_dim),
         )
     )
-    scale = sizes.head_dim**-0.5
+    scale, deterministic = config.scale(sizes.head_dim), config.deterministic
     out, lse = kernel.forward(q, k, v, tile.mask, scale=scale, dropout=None)
     dout = dout.to(out.dtype)
 
@@ -378,7 +379,10 @@ def _tile(
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
         return kernel.backward(
-            dout, q, k, v, out, lse, tile.mask, scale=scale, dropout=None, deterministic=False
+            *(dout, q, k, v, out, lse, tile.mask),
+            scale=scale,
+            dropout=None,
+            deterministic=deterministic,
         )
 
     for run in (forward, backward):

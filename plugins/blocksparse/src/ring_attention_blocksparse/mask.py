@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ring_attention_blocksparse.limits import Limits
-from ring_attention_blocksparse.pairs import admitted, visible_block, visible_count
+from ring_attention_blocksparse.pairs import active, admitted, visible_block, visible_count
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
 from ring_attention_blocksparse.tables import FULL, Bits, Pairs, Pieces, Tables, pairs_of
@@ -72,16 +72,29 @@ class BlockMask(Mask):
         return tables.pairs() // tables.heads
 
     def cost(self, nq: int, nk: int) -> tuple[str, int]:
-        tables, scene = self.tables(torch.device("cpu")), self.scene
-        limits = tables.limits
-        if not len(tables.bits):
+        """Without tables: a rank needs its own alone, a prediction those of many."""
+        scene = self.scene
+        q = Pieces.of(self.q, scene.block_q, torch.device("cpu"), scene.order)
+        kv = Pieces.of(self.kv, scene.block_kv, torch.device("cpu"), scene.order)
+        limits = Limits(scene, self.patterns, q, kv)
+        if limits.axes == ():
             how = "unmasked"
         elif limits.band is not None:
             how = "of a window"
         else:
             how = "by bits" if limits.packed is None else "by coordinates"
-        name = f"blocks of {scene.block_q} x {scene.block_kv}, {how}"
-        return name, tables.area() // tables.heads
+        rows, keys = q.held(scene.query_blocks), kv.held(scene.key_blocks)
+        area = 0
+        for head in self._heads:
+            query, key = active(scene, self.patterns, head).of(rows.nonzero().squeeze(1))
+            area += int((rows[rows > 0][query] * keys[key]).sum())
+        return f"blocks of {scene.block_q} x {scene.block_kv}, {how}", area // len(self._heads)
+
+    @property
+    def _heads(self) -> range:
+        """Those whose pairs differ; or the first one, if none do."""
+        varies = any(pattern.varies for pattern in self.patterns)
+        return self.heads if varies else self.heads[:1]
 
     def of_phases(self, phases: range) -> Mask:
         return replace(self, heads=self.heads[phases.start : phases.stop])
@@ -244,8 +257,7 @@ def _static(mask: BlockMask, device: torch.device) -> _Static:
     q = Pieces.of(mask.q, scene.block_q, device, scene.order)
     kv = Pieces.of(mask.kv, scene.block_kv, device, scene.order)
     bits = Bits(q, kv)
-    heads = mask.heads if any(pattern.varies for pattern in patterns) else mask.heads[:1]
-    found = [pairs_of(scene, patterns, head, q, kv, bits) for head in heads]
+    found = [pairs_of(scene, patterns, head, q, kv, bits) for head in mask._heads]
     choosing = any(pattern.chosen for pattern in patterns)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     edges = Pairs(none, none, none)

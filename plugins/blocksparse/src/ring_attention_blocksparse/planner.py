@@ -24,7 +24,6 @@ from ring_core.layout import EVEN, LAYOUTS, Layout, balanced, contiguous, imbala
 from ring_core.masks import Mask
 from ring_core.order import Order
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Segments, Tile
-from ring_core.rounds import elements_fetched
 from ring_core.sequences import Sequences
 from ring_core.tiling import Run, runs_of
 
@@ -112,7 +111,18 @@ class BlockPlan(Plan):
     def fetched(self) -> float:
         """Keys that the rank which fetches most of them fetches: the mean over heads."""
         heads = self.kv_heads or self.named_heads()
-        return max(elements_fetched(self, rank, heads) for rank in range(self.world)) / heads
+        return max(map(self._fetched_by, range(self.world))) / heads
+
+    def _fetched_by(self, rank: int) -> int:
+        """(Row, KV head) pairs, as :func:`ring_core.rounds.elements_fetched` counts them, without
+        a look at the queries that ask for them."""
+        peers = [peer for peer in range(self.world) if peer != rank]
+        return sum(
+            len(theirs[0]) * len(heads)
+            for heads in self.classes()
+            for theirs in (_needed_rows(self, heads, rank, peer) for peer in peers)
+            if theirs is not None
+        )
 
     def price(self) -> float:
         """What the busiest rank computes and the one that fetches most fetches, in pairs of tokens,
@@ -223,11 +233,11 @@ class BlockPlan(Plan):
         if theirs is None:
             return
         kv, kv_runs = theirs
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             scene = part.scene
             seen_keys = _inside(kv_runs, scene)
             blocks = _blocks_of(seen_keys, scene.block_kv)
-            for q_runs in _clusters(self, part, heads, rank, blocks):
+            for q_runs in _clusters(self, number, heads, rank, blocks):
                 first, last = q_runs[0].row, q_runs[-1].row + len(q_runs[-1].tokens)
                 mask = BlockMask(
                     scene,
@@ -402,6 +412,35 @@ def _blocks_of(runs: Sequence[Run], size: int) -> Tensor:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a rank's queries of a part ask for: their runs; pairs of a query block and a key block
+    that some of it may see."""
+
+    runs: Sequence[Run]
+    query: Tensor
+    block: Tensor
+
+
+@lru_cache(maxsize=16)  # 16 bytes a pair of blocks
+def _asked(plan: BlockPlan, part: int, heads: range, rank: int) -> _Asked:
+    scene = plan.parts[part].scene
+    runs = _inside(runs_of(plan.queries, rank), scene)
+    index = _blocks_of(runs, scene.block_q)
+    query, block = plan.needed(scene, heads, index)
+    return _Asked(runs, index[query], block)
+
+
+@lru_cache(maxsize=64)
+def _needed_blocks(plan: BlockPlan, heads: range, rank: int) -> Tensor:
+    """Which key blocks some query of a rank may see: bool [blocks]."""
+    size = plan.parts[0].scene.block_kv if plan.parts else 1
+    needed = torch.zeros(-(-plan.keys.length // size), dtype=torch.bool, device="cpu")
+    for part in range(len(plan.parts)):
+        needed[_asked(plan, part, heads, rank).block] = True
+    return needed
+
+
 @lru_cache(maxsize=4096)
 def _needed_rows(
     plan: BlockPlan, heads: range, rank: int, owner: int
@@ -409,12 +448,7 @@ def _needed_rows(
     """Rows of the owner's keys that a rank needs for some heads, and what tokens they hold; each
     run's row counts in those rows as they will have arrived."""
     size = plan.parts[0].scene.block_kv if plan.parts else 1
-    held = runs_of(plan.keys, owner)
-    needed = torch.zeros(-(-plan.keys.length // size), dtype=torch.bool, device="cpu")
-    for part in plan.parts:
-        index = _blocks_of(_inside(runs_of(plan.queries, rank), part.scene), part.scene.block_q)
-        _, blocks = plan.needed(part.scene, heads, index)
-        needed[blocks] = True
+    held, needed = runs_of(plan.keys, owner), _needed_blocks(plan, heads, rank)
     runs = [piece for run in held for piece in _runs_within(run, needed, size)]
     if not runs:
         return None
@@ -448,21 +482,18 @@ def _runs_within(run: Run, needed: Tensor, size: int) -> Iterator[Run]:
 
 
 def _clusters(
-    plan: BlockPlan, part: Part, heads: range, rank: int, keys: Tensor
+    plan: BlockPlan, part: int, heads: range, rank: int, keys: Tensor
 ) -> Iterator[list[Run]]:
     """The rank's queries that see some of the key blocks ``keys``, apart where far apart."""
-    scene = part.scene
-    held = _inside(runs_of(plan.queries, rank), scene)
-    index = _blocks_of(held, scene.block_q)
-    if not len(index) or not len(keys):
+    asked, scene = _asked(plan, part, heads, rank), plan.parts[part].scene
+    if not len(asked.query) or not len(keys):
         return
-    query, block = plan.needed(scene, heads, index)
     among = torch.zeros(scene.key_blocks, dtype=torch.bool, device="cpu")
     among[keys] = True
     seeing = torch.zeros(scene.query_blocks, dtype=torch.bool, device="cpu")
-    seeing[index[query[among[block]]]] = True
+    seeing[asked.query[among[asked.block]]] = True
     cluster: list[Run] = []
-    for run in held:
+    for run in asked.runs:
         for piece in _runs_within(run, seeing, scene.block_q):
             end = cluster[-1].row + len(cluster[-1].tokens) if cluster else 0
             if cluster and _APART * (piece.row - end) > plan.queries.size:

@@ -98,6 +98,10 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.row)
 
+    def held(self, blocks: int) -> Tensor:
+        """[blocks]: how many rows each block has."""
+        return self.size.new_zeros(blocks).index_add_(0, self.block, self.size)
+
     def rows(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """[..., largest]: the rows of some pieces, and whether they have so many: where not, the
         first one."""
