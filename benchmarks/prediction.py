@@ -132,6 +132,8 @@ def rates(
     for fields, kernel in itertools.product(RATED, kernels):
         fields = {**fields, "kernel": kernel}
         if fields["variant"] == "distributed":
+            if processes == 1:
+                continue
             fields["ulysses"] = processes
         try:
             more = calibrate(Rating(fields, sizes, longest), processes, device_type)

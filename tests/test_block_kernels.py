@@ -296,15 +296,15 @@ def compile_for_a_gpu():
         "layers": ("i32",) * 2,
         "scale": "fp32",
     }
-    for size, limited in ((128, False), (128, True), (256, False)):
-        shapes = shapes_for(torch.bfloat16, size, large=True)
+    for size, block, limited in ((128, 128, True), (128, 64, False), (256, 128, False)):
+        shapes = shapes_for(torch.bfloat16, size, block, large=True)
         for program, shape in (
             (programs.forward, shapes.forward),
             (programs.query_gradients, shapes.queries),
             (programs.key_gradients, shapes.keys),
         ):
             constants = dict.fromkeys(("D", "DV", "PD", "PDV"), size)
-            constants |= {"LARGEST_Q": 128, "LARGEST_KV": 128, "WORDS": 4, "LIMITED": limited}
+            constants |= {"LARGEST_Q": block, "LARGEST_KV": block, "WORDS": 4, "LIMITED": limited}
             constants |= {"BM": shape.rows_q, "BN": shape.rows_kv}
             signature, known, attributes = {}, {}, {}
             for i, name in enumerate(program.arg_names):

@@ -66,6 +66,20 @@ def linked(**fields: Any) -> Rates:
     return RATES.model_copy(update={"link": RATES.link.model_copy(update=fields)})
 
 
+def test_further_tiles_keep_the_processor() -> None:
+    """Each branch of dilated attention is a call of the kernel."""
+    rates = RATES.model_copy(update={"tile": (0.5, 0.25)})
+    for branches in (1, 2, 3):
+        further = branches - 1
+        fields: dict[str, Any] = {
+            "segment_lengths": (64, 128, 256)[:branches],
+            "dilation_rates": (1, 2, 4)[:branches],
+        }
+        before, after = (predicted(256, 1, one, **fields) for one in (RATES, rates))
+        assert after.forward.total - before.forward.total == pytest.approx(0.5 * further)
+        assert after.backward.total - before.backward.total == pytest.approx(0.25 * further)
+
+
 def operations(pairs: float) -> float:
     return 4.0 * SIZES.head_dim * SIZES.q_heads * pairs
 

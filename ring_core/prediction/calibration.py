@@ -98,8 +98,8 @@ def _measured(worker: Worker, job: Job) -> Rates:
     )
     alone = registry.create(job.fields, group=_alone(worker))
     spent = _call(watch, alone, 1, _TINY, job.sizes)
-    kernels = _predicted(alone, rates, 1, _TINY, job.sizes)
-    rates = _with(rates, call=_less(spent, kernels))
+    rest = _less(spent, _predicted(alone, rates, 1, _TINY, job.sizes))
+    rates = _with(rates, **_shared(rest, _tiles(alone, worker, job.sizes)))
     if worker.world == 1:
         return rates
     return _together(watch, attention, rates, job)
@@ -136,6 +136,20 @@ def _with(rates: Rates, **fields: Any) -> Rates:
 
 def _less(spent: Both, known: Both) -> Both:
     return max(0.0, spent[0] - known[0]), max(0.0, spent[1] - known[1])
+
+
+def _tiles(attention: BaseRingAttention, worker: Worker, sizes: Sizes) -> int:
+    """Kernel calls of one rank's attention."""
+    plan = attention.make_plan(Sequences.build(_TINY), 1)
+    kernel = _kernel(attention, plan, worker.device, sizes)
+    program = Program.build(plan, 0, kernel, kv_heads=sizes.kv_heads)
+    return max(1, sum(len(one.tiles) for one in program.rounds))
+
+
+def _shared(rest: Both, tiles: int) -> dict[str, Both]:
+    """What a call and each further tile take, if as much: one attention does not tell which."""
+    each = rest[0] / tiles, rest[1] / tiles
+    return {"call": each, "tile": each} if tiles > 1 else {"call": each}
 
 
 def _alone(worker: Worker) -> Any | None:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -75,8 +75,9 @@ class Rates(_Measured):
         processes: that were at work at once, each on its GPU or its part of the cores.
         gpu: whether the processor runs ahead of what computes.
         memory: bytes read and written in a second, by each process.
-        call: seconds of the processor in a call, beside its kernels'. round: for each round of a
-            ring, beside kernels and transfers. exchange: where ranks exchange heads.
+        call: seconds of the processor in a call, beside its kernels'. tile: for each further tile
+            of a round, whose rows are copied and put together. round: for each round of a ring,
+            beside kernels and transfers. exchange: where ranks exchange heads.
         link: None where only one process was measured.
     """
 
@@ -90,6 +91,7 @@ class Rates(_Measured):
     memory: float
     call: Both
     round: Both
+    tile: Both = (0.0, 0.0)
     exchange: Both = (0.0, 0.0)
     link: Link | None
     curves: tuple[Curve, ...]
@@ -113,11 +115,13 @@ class Rates(_Measured):
 
     def beside(self, other: Rates) -> Rates:
         """These, with what was measured for another attention where these have none."""
-        mine = {curve.key for curve in self.curves}
-        more = [curve for curve in other.curves if curve.key not in mine]
+        known = {curve.key for curve in self.curves}
+        more = [curve for curve in other.curves if curve.key not in known]
         curves = sorted((*self.curves, *more), key=lambda curve: curve.key)
-        exchange = self.exchange if any(self.exchange) else other.exchange
-        update = {"curves": tuple(curves), "exchange": exchange, "link": self.link or other.link}
+        update: dict[str, Any] = {"curves": tuple(curves), "link": self.link or other.link}
+        for name in ("tile", "exchange"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            update[name] = mine if any(mine) else theirs
         return self.model_copy(update=update)
 
     def save(self, path: Path) -> None:

@@ -234,7 +234,9 @@ class _Replay:
             moved - hidden * min(moved, a[way] + b[way])
             for a, b, moved in zip(kernels, merging, moving, strict=True)
         )
-        busy = self.rates.call[way] + self.rates.round[way] * (len(self.rounds) - 1)
+        further = sum(max(0, len(one.tiles) - 1) for one in self.rounds)
+        busy = self.rates.call[way] + self.rates.tile[way] * further
+        busy += self.rates.round[way] * (len(self.rounds) - 1)
         if self.rates.gpu:
             busy += sum(self._curve(tile)[1].host[way] for tile in self._all)
         return Spent(

@@ -7,7 +7,8 @@ Two compilations serve every pattern.
 Sizes: BM rows of queries, BN rows of keys at a time; D and DV head sizes, PD and PDV the next
 powers of two. Scores are kept in base 2. MASKED says which of a list's two parts is gone through:
 pairs of which something may not be seen or not be there, or plain ones. A tile of rows is read at a
-first row, once for all of them 64 bits wide, and places in the tile, which stay the same.
+first row, once for all of them 64 bits wide, and places in the tile, which stay the same. That row
+is read a step ahead: keys and values cannot be asked for before it is there.
 """
 
 from __future__ import annotations
@@ -94,9 +95,12 @@ def _meet(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Go on with pairs ``begin`` to ``end`` of a list: FlashAttention-2's online softmax."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
+    ahead = _next(lists, begin, end)
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
-        row, y, there = _other(lists, kv_pieces, pair, step % PARTS * BN, BN, MASKED)
+        y, there = _other(lists, kv_pieces, pair, step % PARTS * BN, BN, MASKED)
+        row = ahead + step % PARTS * BN
+        ahead = _next(lists, (step + 1) // PARTS, end)
         keys = _tile(k, k_strides, row, there, BN, D, PD, MASKED)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
         if MASKED:
@@ -211,9 +215,12 @@ def _query_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Add what pairs ``begin`` to ``end`` of a list give."""
     PARTS: tl.constexpr = (LARGEST_KV + BN - 1) // BN
+    ahead = _next(lists, begin, end)
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
-        row, y, there = _other(lists, kv_pieces, pair, step % PARTS * BN, BN, MASKED)
+        y, there = _other(lists, kv_pieces, pair, step % PARTS * BN, BN, MASKED)
+        row = ahead + step % PARTS * BN
+        ahead = _next(lists, (step + 1) // PARTS, end)
         keys = _tile(k, k_strides, row, there, BN, D, PD, MASKED)
         values = _tile(v, v_strides, row, there, BN, DV, PDV, MASKED)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
@@ -315,9 +322,12 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     dout += b * dout_strides[0] + h * dout_strides[2]
     lse += b * lse_strides[0] + h * lse_strides[1]
     delta += b * delta_strides[0] + h * delta_strides[1]
+    ahead = _next(lists, begin, end)
     for step in range(begin * PARTS, end * PARTS):
         pair = step // PARTS
-        row, x, inside = _other(lists, q_pieces, pair, step % PARTS * BM, BM, MASKED)
+        x, inside = _other(lists, q_pieces, pair, step % PARTS * BM, BM, MASKED)
+        row = ahead + step % PARTS * BM
+        ahead = _next(lists, (step + 1) // PARTS, end)
         queries = _tile(q, q_strides, row, inside, BM, D, PD, MASKED)
         sums = _base2(_line(lse, lse_strides[2], row, inside, BM, MASKED, float("-inf")))
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
@@ -403,15 +413,21 @@ def _shown(  # type: ignore[no-untyped-def]
     return shown
 
 
+@triton.jit
+def _next(lists, pair, end):  # type: ignore[no-untyped-def]
+    """The first row of a pair's other piece; any behind the list's end."""
+    return tl.load(lists[4] + pair, pair < end, other=0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _other(lists, pieces, pair, first, ROWS: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows from ``first`` on of a pair's other piece: the first one in the tile; and counted in the
-    piece, and whether it has so many, as it has where all is plain."""
+    """Rows from ``first`` on of a pair's other piece: counted in the piece, and whether it has so
+    many, as it has where all is plain."""
     place = first + tl.arange(0, ROWS)
     there = place >= 0
     if MASKED:
         there = place < tl.load(pieces[1] + tl.load(lists[2] + pair))
-    return tl.load(lists[4] + pair) + first, place, there
+    return place, there
 
 
 @triton.jit  # type: ignore[untyped-decorator]

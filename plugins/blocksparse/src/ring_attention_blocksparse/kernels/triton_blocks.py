@@ -230,14 +230,17 @@ class Shapes:
     keys: Shape
 
 
-def shapes_for(dtype: torch.dtype, head_size: int, large: bool) -> Shapes:
+def shapes_for(dtype: torch.dtype, head_size: int, block: int, large: bool) -> Shapes:
     """Programs that the shared memory and the registers of a GPU hold; the fastest measured.
 
     Args:
+        block: rows that the largest pieces have on both sides.
         large: whether it has 227 KiB for a program, as Hopper has; else up to 139 KiB are used.
     """
     if dtype != torch.float32 and head_size <= 128 and large:
-        return Shapes(Shape(64, 64, 4, 2), Shape(64, 64, 4, 3), Shape(32, 64, 4, 3))
+        if block >= 128:
+            return Shapes(Shape(128, 64, 8, 3), Shape(128, 64, 8, 3), Shape(64, 128, 8, 3))
+        return Shapes(Shape(64, 64, 4, 3), Shape(64, 64, 4, 2), Shape(32, 64, 4, 3))
     least = 32 if dtype == torch.float32 and head_size > 128 else 64
     return Shapes(*[Shape(least, 32, 4, 2)] * 3)
 
@@ -249,7 +252,8 @@ class _Sizes:
     def of(tables: Tables, q: Tensor, k: Tensor, v: Tensor) -> _AllSizes:
         """For each program."""
         head_size = max(q.shape[-1], v.shape[-1])
-        shapes = shapes_for(q.dtype, head_size, _is_large(q.device))
+        block = min(tables.q.largest, tables.kv.largest)
+        shapes = shapes_for(q.dtype, head_size, block, _is_large(q.device))
         return _AllSizes(
             *(_Sizes(x, tables, q, v) for x in (shapes.forward, shapes.queries, shapes.keys))
         )
@@ -271,7 +275,7 @@ class _Sizes:
             "BN": self.rows_kv,
         }
         self.options = {
-            "num_warps": min(shape.warps, max(4, self.rows_q // 16)),
+            "num_warps": shape.warps,
             "num_stages": shape.stages,
         }
 
