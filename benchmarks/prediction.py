@@ -212,6 +212,7 @@ def main() -> None:
                     "case": ", ".join(
                         f"{name}={value}" for name, value in case.items() if value != "auto"
                     ),
+                    "fields": case,
                     "ranks": world,
                     "rows": rows,
                     "measured": real,
@@ -222,7 +223,9 @@ def main() -> None:
     lines = table(found)
     print("\n".join(lines), flush=True)
     if options.output:
-        kind = "GPUs" if gpus else "processes"
+        kind = ("GPU" if gpus else "process") + (
+            "" if options.ranks == 1 else "s" if gpus else "es"
+        )
         title = f"Predicted and measured times, {options.ranks} {kind}, {q_heads} query heads"
         measured = [json.loads(one.model_dump_json()) for one in rated.values()]
         name = f"prediction-{f'{options.ranks}gpu' if gpus else 'cpu'}"

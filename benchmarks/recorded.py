@@ -1,7 +1,8 @@
 """What the rates of the H200 that come with the core predict, beside what pages recorded there.
 
-``python benchmarks/recorded.py --output benchmarks/results``: needs no GPU. The rates were put
-together from some of these figures, marked with a star; the others check them.
+``python benchmarks/recorded.py --output benchmarks/results``: needs no GPU. What one process does
+in a second was measured by itself, what several add was put together from rows with a star; the
+others check it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 EXACT = "2026-11-22-2xh200"
 MESH = "2026-11-23-mesh-2xh200"
 SPARSE = "2026-11-23-blocksparse-2xh200"
+ALONE = "2026-11-23-prediction-1gpu"
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ def recorded() -> Iterator[Recorded]:
                 continue
             fields = {"variant": "distributed", "causal": True, "kernel": "flash4", **row["fields"]}
             world, times = row["ranks"], (row["forward"], row["both"])
-            small = row["heads"] == "8/1" and row["rows"] == 8192
-            known = small or (world == 1 and row["heads"] != "8/1")
+            known = (row["heads"], row["rows"], world) == ("8/1", 8192, 2)
             yield Recorded(MESH, fields, row["heads"], world, row["rows"], known, *times)
     for rows in _figures(SPARSE).values():
         for row in rows:
@@ -69,6 +70,10 @@ def recorded() -> Iterator[Recorded]:
                 fields = {"causal": "causal" in row["name"], "kernel": "flash4"}
                 world, times = row["ranks"], (row["forward"], row["both"])
                 yield Recorded(SPARSE, fields, "8/8", world, row["tokens"] // world, False, *times)
+
+    for row in _figures(ALONE)["cases"]:
+        times = row["measured"]["forward"], row["measured"]["both"]
+        yield Recorded(ALONE, row["fields"], "32/8", row["ranks"], row["rows"], False, *times)
 
 
 def _figures(page: str) -> Any:
