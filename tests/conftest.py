@@ -18,7 +18,7 @@ from ring_core.testing import RankPool
 from ring_core.testing.fixtures import *  # noqa: F403
 from scratch import Wheels
 
-settings.register_profile("ring", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("ring", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("ring")
 
 # Threads that wait for each other in a loop take the cores from the ranks and from each other.

@@ -13,13 +13,10 @@ from ring_attention_distributed.mesh import ring_plan
 from ring_core.plan import Plan
 from ring_core.prediction.memory import Sizes
 from ring_core.prediction.rates import Rates, read
-from ring_core.prediction.timeline import Prediction, Where, predict, some_ranks
+from ring_core.prediction.timeline import Prediction, Where, predict
 from ring_core.protocols import AttentionKernel
 
 logger = logging.getLogger("ring_attention_distributed")
-
-_LOOKED_AT = 4
-"""Ranks that a call looks at before it chooses."""
 
 
 def with_exchange(
@@ -30,13 +27,14 @@ def with_exchange(
     kernels: Sequence[AttentionKernel],
     degree: int,
     *,
-    ranks: int | None = None,
+    quick: bool = False,
     near: bool = False,
 ) -> Prediction:
     """How long a call would take where ``degree`` ranks exchange heads.
 
     Args:
-        plan: of a ring of all ranks. ranks: how many of a ring to look at. The rest:
+        plan: of a ring of all ranks. quick: whether to look at two ranks alone, at the end and in
+            the middle: a call with new documents chooses anew, and must not take long. The rest:
             see :func:`ring_core.prediction.timeline.predict`.
     """
     split = Split.of(sizes.q_heads, sizes.kv_heads, degree)
@@ -48,13 +46,14 @@ def with_exchange(
         # Keys cross between hosts once, each by another rank, where a ring has two levels.
         relayed=per_host // degree if even and world % per_host == 0 else 1,
     )
+    ring = ring_plan(plan, degree) if degree > 1 else plan
     found = predict(
-        ring_plan(plan, degree) if degree > 1 else plan,
+        ring,
         replace(sizes, q_heads=max(map(len, split.q)), kv_heads=max(map(len, split.kv))),
         rates,
         within,
         kernels,
-        ranks=None if ranks is None else some_ranks(world // degree, ranks),
+        ranks=sorted({ring.world // 2, ring.world - 1}) if quick else None,
         held=split.held(0) if degree > 1 else None,
         near=near,
     )
@@ -124,7 +123,7 @@ def _predictions(
             Where(per_host, _BETWEEN if device_type == "cuda" else None),
             [kernel],
             degree,
-            ranks=_LOOKED_AT,
+            quick=True,
             near=True,
         )
         for degree in degrees(sizes.q_heads, sizes.kv_heads, plan.world)
