@@ -138,7 +138,7 @@ def rates(
         try:
             more = calibrate(Rating(fields, sizes, longest), processes, device_type)
         except RingError as error:
-            print(f"{fields}: {str(error).splitlines()[-1]}", flush=True)
+            print(f"{fields}: {str(error).splitlines()[0]}", flush=True)
             continue
         found = more if found is None else found.beside(more)
     if found is None:
