@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ring_core import hookimpl
+from ring_core import errors, hookimpl
 from ring_core.cli import checks, listing, main
 from ring_core.cli.findings import ok
+from ring_core.cli.next_command import next_command
 from ring_core.errors import InputError, RankFailedError
 from ring_core.launching import Worker, launch
 from ring_core.registry import registry
@@ -196,7 +198,7 @@ def test_usage_errors_exit_2(words: list[str], capsys: pytest.CaptureFixture[str
     assert "usage: ring-attention" in capsys.readouterr().err
 
 
-def test_an_error_is_one_line_and_a_traceback_only_if_asked_for(
+def test_an_error_ends_with_a_command_and_a_traceback_comes_only_if_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(arguments: object) -> int:
@@ -204,9 +206,27 @@ def test_an_error_is_one_line_and_a_traceback_only_if_asked_for(
 
     monkeypatch.setattr(listing, "run", fail)
     assert main(["list"]) == 1
-    assert capsys.readouterr() == ("", "error: expected [B, S, H, D]\n")
+    said = "error: expected [B, S, H, D]\nTry: ring-attention list --help\n"
+    assert capsys.readouterr() == ("", said)
     assert main(["list", "--verbose"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "command"),
+    [
+        (errors.UnknownVariantError("unknown"), "ring-attention list"),
+        (errors.PluginLoadError("broken"), "ring-attention list"),
+        (errors.KernelError("none"), "ring-attention doctor"),
+        (errors.ConfigError("layout"), "ring-attention show hilbert"),
+        (errors.RankFailedError("rank 1"), "ring-attention plan --verbose, with the same options"),
+        (errors.KernelError("none. 'ring-attention doctor' shows every kernel"), None),
+        (errors.UnknownVariantError("Install it with: pip install ring-attention-hilbert"), None),
+    ],
+)
+def test_the_next_command(error: errors.RingError, command: str | None) -> None:
+    arguments = argparse.Namespace(command="plan", variant="hilbert")
+    assert next_command(error, arguments) == command
 
 
 def test_ctrl_c_exits_130_quietly(

@@ -13,6 +13,7 @@ from typing import Any
 from importlib_metadata import version
 
 from ring_core.cli import bench, demo, doctor, launch, listing, plan, schema, show
+from ring_core.cli.next_command import next_command
 from ring_core.errors import RingError
 from ring_core.registry import registry
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr)
+            if (command := next_command(error, arguments)) is not None:
+                print(f"Try: {command}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
