@@ -223,10 +223,7 @@ def main() -> None:
     lines = table(found)
     print("\n".join(lines), flush=True)
     if options.output:
-        kind = ("GPU" if gpus else "process") + (
-            "" if options.ranks == 1 else "s" if gpus else "es"
-        )
-        title = f"Predicted and measured times, {options.ranks} {kind}, {q_heads} query heads"
+        title = f"Predicted and measured times, {q_heads} query heads"
         measured = [json.loads(one.model_dump_json()) for one in rated.values()]
         name = f"prediction-{f'{options.ranks}gpu' if gpus else 'cpu'}"
         write(options.output, name, title, lines, {"cases": found, "rates": measured})

@@ -85,14 +85,14 @@ class BlockMask(Mask):
             how = "by bits" if limits.packed is None else "by coordinates"
         rows, keys = q.held(scene.query_blocks), kv.held(scene.key_blocks)
         area = 0
-        for head in self._heads:
+        for head in self.apart:
             query, key = active(scene, self.patterns, head).of(rows.nonzero().squeeze(1))
             area += int((rows[rows > 0][query] * keys[key]).sum())
-        return f"blocks of {scene.block_q} x {scene.block_kv}, {how}", area // len(self._heads)
+        return f"blocks of {scene.block_q} x {scene.block_kv}, {how}", area // len(self.apart)
 
     @property
-    def _heads(self) -> range:
-        """Those whose pairs differ; or the first one, if none do."""
+    def apart(self) -> range:
+        """The heads whose pairs differ; or the first one, if none do."""
         varies = any(pattern.varies for pattern in self.patterns)
         return self.heads if varies else self.heads[:1]
 
@@ -257,7 +257,7 @@ def _static(mask: BlockMask, device: torch.device) -> _Static:
     q = Pieces.of(mask.q, scene.block_q, device, scene.order)
     kv = Pieces.of(mask.kv, scene.block_kv, device, scene.order)
     bits = Bits(q, kv)
-    found = [pairs_of(scene, patterns, head, q, kv, bits) for head in mask._heads]
+    found = [pairs_of(scene, patterns, head, q, kv, bits) for head in mask.apart]
     choosing = any(pattern.chosen for pattern in patterns)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     edges = Pairs(none, none, none)
