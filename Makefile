@@ -22,8 +22,9 @@ $(INSTALLED): pyproject.toml $(wildcard plugins/*/pyproject.toml) requirements-d
 demo: $(INSTALLED)
 	$(BIN)/ring-attention demo
 
+# One worker runs what needs a pool of ranks, the other one all else.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -85,8 +85,8 @@ def many_plans(worker: Worker, count: int) -> list[float]:
 
 def test_many_random_plans_do_not_hang(cpu_pool: RankPool) -> None:
     """And give the gradients of one process, drop whatever steps they may."""
-    sharded = cpu_pool.run(many_plans, 150, world=4, timeout=100)
-    (alone,) = cpu_pool.run(many_plans, 150, world=1, timeout=100)
+    sharded = cpu_pool.run(many_plans, 200, world=4, timeout=100)
+    (alone,) = cpu_pool.run(many_plans, 200, world=1, timeout=100)
     assert [sum(shares) for shares in zip(*sharded, strict=True)] == pytest.approx(alone, rel=1e-10)
 
 
@@ -189,7 +189,8 @@ def test_rounds_of_several_steps_equal_the_reference(
         ):
             if "segment_lengths" in fields and sizes.keys() & {"kv_len", "lengths"}:
                 continue
-            if (number + other + turn) % 2:  # every one of both, not with every other
+            # Every one of both, not with every other; fewer in the largest world.
+            if (number + other + turn) % (2 if world < 8 else 4):
                 continue
             case = Case(fields=fields, **sizes)
             result = cpu_pool.run(run_in_rounds, case, shards, kernel, world=world)[0]

@@ -76,10 +76,10 @@ def with_fsdp2(worker: Worker, settings: Settings) -> list[Step]:
     return list(train(settings, worker.device))
 
 
-@pytest.mark.parametrize("ring", [2, 8])
-def test_fsdp2_trains_as_one_process(cpu_pool: RankPool, ring: int) -> None:
+@pytest.mark.parametrize(("ring", "sequences"), [(2, 4), (8, 2)])
+def test_fsdp2_trains_as_one_process(cpu_pool: RankPool, ring: int, sequences: int) -> None:
     """Rings beside each other, and one of all ranks; labels differ in number between ranks."""
-    settings = replace(SETTINGS, ring=ring)
+    settings = replace(SETTINGS, ring=ring, sequences=sequences)
     for steps in cpu_pool.run(with_fsdp2, settings):
         assert [one.step for one in steps] == [1, 2, 3]
         same(steps, settings)
