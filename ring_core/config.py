@@ -19,6 +19,9 @@ LayoutName = Literal["auto", "contiguous", "zigzag", "striped"]
 PLANNED = ("causal", "window", "segment_lengths", "dilation_rates", "layout")
 """The common fields that are a planner's to read, or to refuse; the engine sees to the others."""
 
+_MOST = 2**62
+"""Numbers of tokens are added up in 64 bits."""
+
 
 class RingAttentionConfig(BaseModel):
     """Fields common to all variants. Frozen, hashable; JSON, YAML and JSON Schema round-trip.
@@ -86,7 +89,7 @@ class RingAttentionConfig(BaseModel):
     ) -> tuple[int | None, int | None] | None:
         if window and any(side is not None and side < 0 for side in window):
             raise ValueError("both sides count tokens and are >= 0; None leaves a side open")
-        if window and any(side is not None and side > 2**62 for side in window):
+        if window and any(side is not None and side > _MOST for side in window):
             raise ValueError("both sides are at most 2**62; None leaves a side open")
         return window
 
@@ -102,6 +105,8 @@ class RingAttentionConfig(BaseModel):
     def _positive(cls, numbers: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if numbers and min(numbers) < 1:
             raise ValueError("every entry must be >= 1")
+        if numbers and max(numbers) > _MOST:
+            raise ValueError("every entry must be at most 2**62")
         return numbers
 
     @classmethod

@@ -29,11 +29,12 @@ def select(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None 
     to_row, to_head = x.stride(1), x.stride(2)
     start = x.storage_offset() + rows.start * to_row + heads.start * to_head
     sizes = x.shape[0], rows.repeat, rows.count, groups, heads.phases
+    # What is there once has no next one, and the rate by which it would come passes any memory.
     strides = (
         x.stride(0),
-        rows.stride * to_row,
-        rows.step * to_row,
-        heads.step * to_head,
+        rows.stride * to_row if rows.repeat > 1 else to_row,
+        rows.step * to_row if rows.count > 1 else to_row,
+        heads.step * to_head if groups > 1 else to_head,
         to_head + rows.slant * to_row,
     )
     return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), start)

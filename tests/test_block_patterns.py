@@ -163,6 +163,27 @@ def test_one_rank_attends_to_what_is_defined(problem):
         assert bound.density() == pytest.approx(attention.density)
 
 
+def test_heads_that_patterns_name():
+    """Before their number is known: those that are named, and all others as one where they see."""
+    everything = {"kind": "local", "left": 10**6, "right": 10**6}
+
+    def plan(*patterns):
+        return registry.create("blocksparse", patterns=patterns).plan(512).plan
+
+    diagonal = {"kind": "local", "left": 0, "right": 0}
+    assert plan({**everything, "heads": [0]}).density() == 1
+    both = plan({**everything, "heads": [0]}, {**diagonal, "heads": [1]})
+    assert both.density() == both.for_heads(2).density() == (16 + 4) / 32
+    assert both.for_heads(4).density() == (16 + 4) / 64
+    assert plan({**everything, "heads": [0]}, diagonal).density() == (16 + 4) / 32
+    assert both.cells(0, 0, 8, 512).all()  # what any head sees
+    tables = [{"kind": "blocks", "table": [[[True]]] * heads} for heads in (2, 3)]
+    with pytest.raises(ConfigError, match="patterns are for 2 and 3 KV heads"):
+        plan(*tables)
+    with pytest.raises(ConfigError, match=r"heads=\[5\], and there are 2 KV heads"):
+        plan({**tables[0], "heads": [5]})
+
+
 @given(problems(), st.integers(1, 8), st.sampled_from([1, 1.5, 3]))
 @settings(max_examples=100)
 def test_every_shown_pair_is_computed_once_by_the_rank_that_holds_it(problem, world, shards):

@@ -14,7 +14,7 @@ from ring_core import registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
-from ring_core.testing.case import expected_of
+from ring_core.testing.case import expected_of, run_case
 from ring_core.testing.tasks import build
 
 
@@ -67,6 +67,18 @@ class TestBlockSparse(Conformance):
         if not by_definition.chooses(config):
             return super().hidden(case)
         return by_definition.out_of_sight(case, config)
+
+
+def test_tables_of_their_own(cpu_pool: RankPool) -> None:
+    """Given blocks, the same for all heads and not, on ranks that divide nothing."""
+    generator = torch.Generator().manual_seed(5)
+    for shape in ((10, 10), (2, 10, 10)):
+        table = (torch.rand(shape, generator=generator) < 0.3).tolist()
+        case = Case("blocksparse", small({"kind": "blocks", "table": table}, SINK, causal=True))
+        expected = expected_of(case, shown(case))
+        for world in (2, 3):
+            errors = cpu_pool.run(run_case, case, world=world)[0].errors(expected)
+            assert all(error < 1e-10 for error in errors.values()), errors
 
 
 # What moves

@@ -10,7 +10,7 @@ import torch
 from ring_attention_standard.planner import plan_branches
 
 from ring_core import BaseRingAttention, reference, registry
-from ring_core.errors import InputError
+from ring_core.errors import ConfigError, InputError
 from ring_core.rounds import elements_fetched, elements_sent, rounds
 from ring_core.testing import Case, Conformance, RankPool, Worker
 from ring_core.testing.case import run_case
@@ -167,6 +167,29 @@ def test_a_branch_sends_its_share_of_dense(cpu_pool: RankPool, segment, layout, 
     assert sent[1] > 0
     assert sent[2] * 2 <= sent[1]
     assert sent[4] * 4 <= sent[1]
+
+
+@pytest.mark.parametrize("rate", [1, 2, 4])
+@pytest.mark.parametrize("segment", [256, 512, 10**6])
+def test_a_window_keeps_shards_together(segment: int, rate: int) -> None:
+    """To deal rows out would send what no window asks for: more than dense attention does."""
+    band = {"causal": True, "window": (64, 0)}
+    branch = {"segment_lengths": [segment], "dilation_rates": [rate]}
+
+    def sent(fields) -> int:
+        plan = registry.create("standard", **fields).make_plan(_sequences(2048), 8)
+        return sum(elements_sent(plan, rank, 4) for rank in range(8))
+
+    assert sent({**band, **branch}) * rate <= sent(band)
+
+
+def test_rates_may_be_longer_than_any_sequence() -> None:
+    q, k, v, *_ = Case(seq_len=16).tensors()
+    huge = registry.create("standard", segment_lengths=[2**62], dilation_rates=[2**62])
+    large = registry.create("standard", segment_lengths=[64], dilation_rates=[64])
+    assert torch.equal(huge(q, k, v), large(q, k, v))
+    with pytest.raises(ConfigError, match=r"at most 2\*\*62"):
+        registry.create("standard", segment_lengths=[2**63], dilation_rates=[1])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])

@@ -151,6 +151,25 @@ def test_rings_in_two_levels(
     assert all(error < 1e-10 for error in errors.values()), errors
 
 
+def on_uneven_hosts(worker: Worker, case: Case, hosts: tuple[int, ...]) -> Any:
+    """The case where a launcher says how many ranks this rank's host has."""
+    host = next(i for i in range(len(hosts)) if worker.rank < sum(hosts[: i + 1]))
+    os.environ["LOCAL_WORLD_SIZE"] = str(hosts[host])
+    try:
+        return run_case(worker, case)
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+@pytest.mark.parametrize("hosts", [(4, 2), (3, 2, 1)])
+def test_hosts_with_unequally_many_ranks(cpu_pool: RankPool, hosts: tuple[int, ...]) -> None:
+    """No two levels fit them, so that the ring has one."""
+    case = Case("distributed", {"causal": True, "ulysses": 1, "timeout": 20.0})
+    result = cpu_pool.run(on_uneven_hosts, case, hosts, world=sum(hosts), fresh=True)[0]
+    errors = result.errors(expected_of(case, visible(case)))
+    assert all(error < 1e-10 for error in errors.values()), errors
+
+
 def between_hosts(worker: Worker, case: Case, per_host: int) -> tuple[int, int]:
     """Bytes of keys that a rank sends to other hosts in a forward, and in a ring of one level."""
     attention, plan, (q, k, v, *_) = build(worker, case)

@@ -415,6 +415,18 @@ def test_the_preset_runs():
     assert (along - standard(q, k, v)).abs().max() < 1e-5
 
 
+def preset(worker: Worker) -> Tensor:
+    attention = registry.create_from_preset("hilbert_optimized", causal=True, group=worker.group)
+    plan = attention.plan(5001)
+    q, k, v, *_ = (plan.shard(x) for x in Case(seq_len=5001).tensors()[:3])
+    return plan.unshard(attention(q, k, v, plan=plan))
+
+
+def test_the_preset_runs_on_four_ranks(cpu_pool: RankPool) -> None:
+    (alone,) = cpu_pool.run(preset, world=1)
+    assert (cpu_pool.run(preset, world=4)[0] - alone).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ring_attention_distributed.monitor import _open
 from ring_attention_distributed.top import Logs
 from ring_attention_distributed.watching import Watched
 
@@ -110,6 +111,14 @@ def test_top_shows_every_rank(cpu_pool: RankPool, tmp_path, capsys) -> None:
         file.write(line[20:])
         file.flush()
         assert logs.read(10)[1]["call"] == 999
+    # What a job that was killed had begun to write, and what one that goes on writes behind it.
+    path.write_text(line + line[:20])
+    _open(str(tmp_path), 1).close()
+    assert path.read_text().endswith(line[:20] + "\n")
+    assert Logs(tmp_path).read(10)[1]["call"] == 999
+    with pytest.raises(SystemExit):
+        main(["top", str(tmp_path), "--once", "--seconds", "-5"])
+    assert "-5 seconds are none" in capsys.readouterr().err
     assert main(["top", str(tmp_path / "nothing")]) == 1
     assert "holds no rank-*.jsonl" in capsys.readouterr().err
 

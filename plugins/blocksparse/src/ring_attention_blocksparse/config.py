@@ -116,6 +116,19 @@ class BlockSparseConfig(RingAttentionConfig):
         return self
 
     @model_validator(mode="after")
+    def _heads(self) -> Self:
+        """Those that patterns need must be there all at once."""
+        given = {one.kv_heads for one in self.patterns or () if one.kv_heads is not None}
+        if len(given) > 1:
+            counts = " and ".join(map(str, sorted(given)))
+            raise ValueError(f"patterns are for {counts} KV heads; a call has one number of them")
+        for pattern in self.patterns or ():
+            for kv_heads in given:
+                if trouble := pattern.check_heads(kv_heads):
+                    raise ValueError(f"pattern {pattern.kind!r}: {trouble}")
+        return self
+
+    @model_validator(mode="after")
     def _grids(self) -> Self:
         for pattern in self.patterns or ():
             if isinstance(pattern, GridPattern) and pattern.grid is None:

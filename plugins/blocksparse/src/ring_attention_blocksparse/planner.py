@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
-from ring_attention_standard.planner import band_of
+from ring_attention_standard.planner import A_KEY, band_of
 from torch import Tensor
 
 from ring_attention_blocksparse.asked import blocks_of, clusters, inside, needed_rows
@@ -28,11 +28,6 @@ from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Tile
 from ring_core.sequences import Sequences
 from ring_core.tiling import Run, runs_of
 
-_A_KEY = 2048
-"""Fetching a key and value costs a rank as much as computing so many pairs of a query and a key:
-four operations a pair and number at 400 TF/s, four bytes a key and number at 350 GB/s, gives 1143;
-and what travels is not always hidden."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -49,7 +44,8 @@ class BlockPlan(Plan):
     parts: tuple[Part, ...]
     patterns: tuple[Pattern, ...]
     kv_heads: int | None = None
-    """Patterns name heads; None: as many as they name, and one more where they leave some out."""
+    """Patterns name heads; None: as many as they name, and one that stands for the others where
+    those see something too."""
 
     def __hash__(self) -> int:
         return self._hash
@@ -122,7 +118,7 @@ class BlockPlan(Plan):
         for one batch row."""
         area = max((one.scene.block_q * one.scene.block_kv for one in self.parts), default=1)
         busiest = max(float(self.work(rank)) for rank in range(self.world))
-        return busiest * area + self.fetched() * _A_KEY
+        return busiest * area + self.fetched() * A_KEY
 
     def facts(self) -> Mapping[str, str]:
         at_most = "at most " if self.chooses else ""
@@ -139,9 +135,10 @@ class BlockPlan(Plan):
         return found
 
     def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor:
+        """What any KV head of any batch row computes."""
         shown = torch.zeros(cells, cells, dtype=torch.bool, device="cpu")
-        for part in self.parts[:1]:
-            scene, (heads, *_) = part.scene, self.classes() or [range(1)]
+        for part, heads in product(self.parts, self.classes()):
+            scene = part.scene
             mine, theirs = (
                 blocks_of(inside(runs_of(layout, peer), scene), size)
                 for layout, peer, size in (
@@ -149,7 +146,7 @@ class BlockPlan(Plan):
                     (self.keys, owner, scene.block_kv),
                 )
             )
-            query, block = self.needed(scene, heads[:1], mine)
+            query, block = self.needed(scene, heads, mine)
             query, block = (x[torch.isin(block, theirs)] for x in (query, block))
             x, y = mine[query], block
             if max(scene.query_blocks, scene.key_blocks) > cells:
@@ -177,12 +174,13 @@ class BlockPlan(Plan):
         return tuple(pattern for pattern in self.patterns if pattern.applies(head))
 
     def named_heads(self) -> int:
-        """How many KV heads there must be, or one more than patterns name."""
+        """How many KV heads patterns speak of: so many as there must be, or those that they name,
+        and one for all others where a pattern is for every head."""
         fixed = [p.kv_heads for p in self.patterns if p.kv_heads is not None]
         if fixed:
             return fixed[0]
         named = [max(p.heads) + 1 for p in self.patterns if p.heads is not None]
-        return max(named) + 1 if named else 1
+        return max(named, default=0) + any(p.heads is None for p in self.patterns)
 
     # What queries need
 

@@ -13,6 +13,7 @@ from ring_attention_distributed.calls import Arrangement, MeshCall
 from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.cost import predictions, quickest, with_exchange
 from ring_attention_distributed.heads import Split, degrees
+from ring_attention_distributed.hosts import agreed_per_host
 from ring_attention_distributed.levels import Levels, levels_of
 from ring_attention_distributed.mesh import Mesh, part_of, places, ring_plan
 from ring_attention_distributed.monitor import Monitor, MonitoredCall, monitor_by
@@ -192,6 +193,9 @@ def arrange(
     held = split.held(mesh.place) if degree > 1 else None
     around = ring_plan(plan.plan, degree) if degree > 1 else plan.plan
     per_host, timeout = config.per_host(plan.world), config.timeout
+    if config.ranks_per_host == "auto" and per_host < plan.world:
+        agreed = agreed_per_host(plan.group, per_host, timeout)
+        per_host = plan.world if agreed is None else agreed  # else no two levels fit all hosts
     ring: RankPlan | Levels | None = levels_of(
         around, plan.group, mesh, per_host, plan.sequences, held, timeout
     )

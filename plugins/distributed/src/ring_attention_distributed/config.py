@@ -71,8 +71,8 @@ class DistributedConfig(RingAttentionConfig):
     ranks_per_host: Annotated[int, Field(ge=1, strict=True)] | Literal["auto"] = "auto"
     """How many neighbouring ranks share a host. A ring of several hosts goes in two levels: keys
     cross between hosts once, while a ring within each host goes over those that came before.
-    'auto' takes what a launcher says (LOCAL_WORLD_SIZE), or one host. Where it does not divide the
-    ranks, or the degree does not divide it, rings have one level."""
+    'auto' takes what a launcher says (LOCAL_WORLD_SIZE), or one host. Where hosts have unequally
+    many, or it does not divide the ranks, or the degree not it, rings have one level."""
 
     retries: int = Field(default=0, ge=0, le=20, strict=True)
     """How often a call is tried again whose transfers failed, by agreement of all its ranks, on a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 import resource
 import statistics
 import threading
@@ -303,6 +304,17 @@ def _open(folder: str, process: int) -> Any:
     path = Path(folder) / f"rank-{process}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a", encoding="utf-8")
+        torn = path.exists() and _ends_in_half_a_line(path)
+        log = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        log.write("\n" * torn)  # a job that was killed had begun it
+        return log
     except OSError as error:
         raise ConfigError(f"metrics_log={folder!r}: cannot write {path}: {error}") from error
+
+
+def _ends_in_half_a_line(path: Path) -> bool:
+    with open(path, "rb") as log:
+        if not log.seek(0, os.SEEK_END):
+            return False
+        log.seek(-1, os.SEEK_END)
+        return log.read() != b"\n"

@@ -6,6 +6,8 @@ import argparse
 import json
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``top``."""
     parser.add_argument("folder", type=Path, help="what the job was given as metrics_log")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="over how long to average (default: 10)"
+        "--seconds", type=_positive, default=10.0, help="over how long to average (default: 10)"
     )
     parser.add_argument("--once", action="store_true", help="print once and end")
     parser.add_argument("--json", action="store_true", help="print JSON once and end")
@@ -79,9 +81,26 @@ class Logs:
                 text = lines.read()
             whole = text.rfind("\n") + 1  # the last line may be half written
             self._at[path] = self._at.get(path, 0) + len(text[:whole].encode())
-            records.extend(json.loads(line) for line in text[:whole].splitlines())
+            records.extend(_records(text[:whole]))
         found = (_summary(records, seconds) for records in self._records.values() if records)
         return sorted(found, key=lambda one: one["rank"])
+
+
+def _positive(text: str) -> float:
+    """A number of seconds for argparse."""
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text} seconds are none: give a number above 0")
+    return seconds
+
+
+def _records(text: str) -> Iterator[dict[str, Any]]:
+    """Lines that are records: a job that was killed may have left half of one."""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
 
 
 def _summary(records: deque[dict[str, Any]], seconds: float) -> dict[str, Any]:
