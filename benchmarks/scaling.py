@@ -6,9 +6,10 @@ and ringmaster in the same run, at the shapes that ring-flash-attn (32/8 heads) 
 (64/8) publish. Without GPUs the exact part is left out, whose kernels and peers need some, and
 ``--worlds`` and the sizes want to be small: a rehearsal.
 
-Efficiency is one rank's time, divided by the number of ranks, over the measured one; of dilated
-attention, whose length grows with the ranks, one rank's time for a token over that of a rank's
-token. ``predicted`` is what rates predict: ``--rates``.
+Efficiency is one rank's time for the whole sequence, divided by the number of ranks, over the
+measured one; of dilated attention, whose length grows with the ranks, one rank's time for a token
+over that of a rank's token. ``predicted`` is what rates predict: ``--rates``; below the table
+stands what they do not know.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ Row = dict[str, Any]
 Fields = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.device_count() else "cpu"
 
+_ONE = 0.01
+"""Of all keys that a query sees in the block-sparse rows."""
+
 
 def row(case: str, ranks: int, times: Row, efficiency: list[float] | None = None) -> Row:
     """Figures of one case on so many ranks, by way."""
@@ -58,41 +62,49 @@ def exact(world: int, options: argparse.Namespace) -> Iterator[Row]:
             case = f"{what}, {heads}/{gpu.KV_HEADS} heads, {per_rank:,} a rank: {name}"
             shares = figures.get("efficiency")
             one = row(case, world, figures, shares and [shares[way] for way in WAYS])
-            if name in [f"ours, {kernel}" for kernel in options.kernels] and not packed:
+            if name in [f"ours, {kernel}" for kernel in options.kernels]:
                 fields = {"variant": "standard", "causal": True, "kernel": figures["kernel"]}
-                one["predicted"] = predicted(fields, per_rank, world, heads, gpu.KV_HEADS, options)
+                tokens = per_rank * world
+                whole = {"cu_seqlens": gpu.mixed(tokens)} if packed else {"seq_len": tokens}
+                sizes = Sizes(heads, gpu.KV_HEADS, gpu.HEAD_DIM, gpu.HEAD_DIM, 1, options.dtype)
+                one |= predicted(fields, Sequences.build(**whole), world, sizes, options)
             yield one
 
 
 def meshes(world: int, options: argparse.Namespace) -> Iterator[Row]:
-    """Heads exchanged times rings, every split."""
-    job = mesh.Job(
-        tuple(options.rows),
-        ((options.heads, options.kv_heads),),
-        options.head_dim,
-        options.turns,
-        options.dtype,
-        "auto",
-    )
-    for figures in launch(mesh.measure, job, processes=world, device_type=DEVICE)[0]:
-        degree = figures["fields"].get("ulysses")
-        if not isinstance(degree, int):
-            continue
-        fields = {"variant": "distributed", "causal": True, "ulysses": degree}
-        heads = options.heads, options.kv_heads
+    """Heads exchanged times rings, every split, and one rank that has the whole sequence."""
+
+    def measured(rows: tuple[int, ...], ranks: int) -> Iterator[Row]:
+        heads = ((options.heads, options.kv_heads),)
+        job = mesh.Job(rows, heads, options.head_dim, options.turns, options.dtype, "auto")
+        for one in launch(mesh.measure, job, processes=ranks, device_type=DEVICE)[0]:
+            if isinstance(one["fields"].get("ulysses"), int):
+                yield one
+
+    dim = options.head_dim
+    sizes = Sizes(options.heads, options.kv_heads, dim, dim, 1, options.dtype)
+    alone = {one["rows"]: one for one in measured(tuple(n * world for n in options.rows), 1)}
+    for figures in measured(tuple(options.rows), world) if world > 1 else alone.values():
+        degree, tokens = figures["fields"]["ulysses"], figures["rows"] * world
+        shares = [alone[tokens][way] / world / figures[way] for way in WAYS]
         case = f"mesh, {figures['heads']} heads, {figures['rows']:,} a rank: {degree} exchange"
-        one = row(case, world, figures)
-        yield {**one, "predicted": predicted(fields, figures["rows"], world, *heads, options)}
+        fields = {"variant": "distributed", "causal": True, "ulysses": degree}
+        found = predicted(fields, Sequences.build(tokens), world, sizes, options)
+        yield row(case, world, figures, shares if world > 1 else None) | found
 
 
 def sparse(world: int, options: argparse.Namespace) -> Iterator[Row]:
     """A window of 1% of the tokens."""
-    job = blocksparse.Job(
-        (options.sparse_tokens,), (0.01,), ("window",), options.turns, options.dtype, "auto"
-    )
+    tokens, block = options.sparse_tokens, blocksparse.BLOCK
+    job = blocksparse.Job((tokens,), (_ONE,), ("window",), options.turns, options.dtype, "auto")
+    fields = {"variant": "blocksparse", "block_q": block, "block_kv": block}
+    fields |= blocksparse.FAMILIES["window"](tokens, _ONE)
+    heads, dim = blocksparse.HEADS, blocksparse.HEAD_DIM
+    sizes = Sizes(heads, heads, dim, dim, 1, options.dtype)
     for figures in launch(blocksparse.measure, job, processes=world, device_type=DEVICE)[0]:
         if "density" in figures:
-            yield row(f"window of 1%, {options.sparse_tokens:,} tokens", world, figures)
+            found = predicted(fields, Sequences.build(tokens), world, sizes, options)
+            yield row(f"window of 1%, {tokens:,} tokens", world, figures) | found
 
 
 def longest(world: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -113,22 +125,30 @@ def longest(world: int, options: argparse.Namespace) -> Iterator[Row]:
         last[way] = found[-1] if found else None
     if all(last.values()):
         one = row("dilated, the most that fits", world, {way: last[way]["ms"] for way in WAYS})
-        yield {**one, "tokens": [last[way]["tokens"] for way in WAYS]}
+        tokens = [last[way]["tokens"] for way in WAYS]
+        fields = {"variant": "standard", "causal": True}
+        fields |= {"segment_lengths": dilated.SEGMENTS, "dilation_rates": dilated.RATES}
+        heads, dim = dilated.HEADS, dilated.HEAD_DIM
+        sizes = Sizes(heads, heads, dim, dim, 1, options.dtype)
+        forward, both = (
+            predicted(fields, Sequences.build(length), world, sizes, options) for length in tokens
+        )
+        if "predicted" in forward:
+            both["predicted"][0] = forward["predicted"][0]
+        yield {**one, "tokens": tokens, **both}
 
 
 def predicted(
-    fields: Fields, rows: int, world: int, heads: int, kv_heads: int, options: argparse.Namespace
-) -> list[float] | None:
-    """Milliseconds by way; None where the rates do not know such a call."""
+    fields: Fields, sequences: Sequences, world: int, sizes: Sizes, options: argparse.Namespace
+) -> Row:
+    """Milliseconds by way, or why the rates do not know such a call."""
     attention = registry.create(fields)
-    plan = attention.make_plan(Sequences.build(rows * world), world)
-    dim = options.head_dim
-    sizes = Sizes(heads, kv_heads, dim, dim, 1, options.dtype)
+    plan = attention.make_plan(sequences, world)
     try:
         found = attention.predict(plan, sizes, read(options.rates), Where(world))
-    except RingError:
-        return None
-    return [1e3 * found.forward.total, 1e3 * found.total]
+    except RingError as error:
+        return {"unpredicted": str(error)}
+    return {"predicted": [1e3 * found.forward.total, 1e3 * found.total]}
 
 
 def with_efficiency(rows: list[Row]) -> None:
@@ -136,7 +156,7 @@ def with_efficiency(rows: list[Row]) -> None:
     alone = {one["case"]: one for one in rows if one["ranks"] == 1}
     for one in rows:
         base = alone.get(one["case"])
-        if "efficiency" in one or base is None or one["ranks"] == 1 or "predicted" in one:
+        if "efficiency" in one or base is None or one["ranks"] == 1:
             continue
         tokens = [1 / one["ranks"]] * len(WAYS)
         if "tokens" in one:
@@ -161,7 +181,11 @@ def table(rows: list[Row], worlds: list[int]) -> list[str]:
             found = [one for one in rows if (one["case"], one["ranks"]) == (case, world)]
             cells.append(_cell(found[0]) if found else "")
         lines.append(f"| {case} | {' | '.join(cells)} |")
-    return lines
+    unknown: dict[str, list[str]] = {}
+    for one in rows:
+        if "unpredicted" in one:
+            unknown.setdefault(one["unpredicted"], []).append(f"{one['case']} ({one['ranks']})")
+    return [*lines, "", *(f"Not predicted: {', '.join(of)}: {why}" for why, of in unknown.items())]
 
 
 def _cell(one: Row) -> str:
@@ -197,6 +221,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder for a dated page")
     options = parser.parse_args()
+    if _ONE * options.sparse_tokens < 2 * blocksparse.BLOCK:
+        least = 2 * blocksparse.BLOCK / _ONE
+        parser.error(f"--sparse-tokens: 1% of fewer than {least:,.0f} are no two blocks")
     if not gpus and "exact" in options.parts:
         print("exact: left out, its kernels and peers need GPUs", flush=True)
         options.parts.remove("exact")
