@@ -39,7 +39,7 @@ Row = dict[str, Any]
 Fields = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.device_count() else "cpu"
 
-_ONE = 0.01
+_SEEN = 0.01
 """Of all keys that a query sees in the block-sparse rows."""
 
 
@@ -96,9 +96,9 @@ def meshes(world: int, options: argparse.Namespace) -> Iterator[Row]:
 def sparse(world: int, options: argparse.Namespace) -> Iterator[Row]:
     """A window of 1% of the tokens."""
     tokens, block = options.sparse_tokens, blocksparse.BLOCK
-    job = blocksparse.Job((tokens,), (_ONE,), ("window",), options.turns, options.dtype, "auto")
+    job = blocksparse.Job((tokens,), (_SEEN,), ("window",), options.turns, options.dtype, "auto")
     fields = {"variant": "blocksparse", "block_q": block, "block_kv": block}
-    fields |= blocksparse.FAMILIES["window"](tokens, _ONE)
+    fields |= blocksparse.FAMILIES["window"](tokens, _SEEN)
     heads, dim = blocksparse.HEADS, blocksparse.HEAD_DIM
     sizes = Sizes(heads, heads, dim, dim, 1, options.dtype)
     for figures in launch(blocksparse.measure, job, processes=world, device_type=DEVICE)[0]:
@@ -221,8 +221,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder for a dated page")
     options = parser.parse_args()
-    if _ONE * options.sparse_tokens < 2 * blocksparse.BLOCK:
-        least = 2 * blocksparse.BLOCK / _ONE
+    if _SEEN * options.sparse_tokens < 2 * blocksparse.BLOCK:
+        least = 2 * blocksparse.BLOCK / _SEEN
         parser.error(f"--sparse-tokens: 1% of fewer than {least:,.0f} are no two blocks")
     if not gpus and "exact" in options.parts:
         print("exact: left out, its kernels and peers need GPUs", flush=True)

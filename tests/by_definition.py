@@ -8,6 +8,7 @@ import torch
 from ring_attention_blocksparse import reference
 from torch import Tensor
 
+from ring_core import reference as by_fields
 from ring_core.order import Order
 from ring_core.testing import Case
 from ring_core.testing.case import visible_of
@@ -62,3 +63,28 @@ def out_of_sight(case: Case, config: Any, order: Order | None = None) -> Tensor:
 
 def _mask(case: Case) -> Tensor:
     return visible_of(case).expand(case.batch, 1, case.q_len, case.k_len)[:, 0]
+
+
+def defined(
+    config: Any,
+    length: int,
+    ends: Any,
+    kv_heads: int,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the definitions show, bool [kv_heads, length, length], and the mask [length, length]."""
+    mask = by_fields.visible(
+        length, length, causal=config.causal, window=config.window, cu_seqlens=ends
+    )
+    shown = reference.shown(
+        config.patterns,
+        mask,
+        kv_heads,
+        block_q=config.block_q,
+        block_kv=config.block_kv,
+        starts=ends[:-1],
+        q=q,
+        k=k,
+    )
+    return shown, mask

@@ -118,7 +118,7 @@ def test_top_shows_every_rank(cpu_pool: RankPool, tmp_path, capsys) -> None:
     assert Logs(tmp_path).read(10)[1]["call"] == 999
     with pytest.raises(SystemExit):
         main(["top", str(tmp_path), "--once", "--seconds", "-5"])
-    assert "-5 seconds are none" in capsys.readouterr().err
+    assert "-5 is not above 0" in capsys.readouterr().err
     assert main(["top", str(tmp_path / "nothing")]) == 1
     assert "holds no rank-*.jsonl" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ring_core.cli.arguments import positive
 from ring_core.cli.output import console, print_json, table
 from ring_core.errors import InputError
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``top``."""
     parser.add_argument("folder", type=Path, help="what the job was given as metrics_log")
     parser.add_argument(
-        "--seconds", type=_positive, default=10.0, help="over how long to average (default: 10)"
+        "--seconds", type=positive, default=10.0, help="over how long to average (default: 10)"
     )
     parser.add_argument("--once", action="store_true", help="print once and end")
     parser.add_argument("--json", action="store_true", help="print JSON once and end")
@@ -84,14 +85,6 @@ class Logs:
             records.extend(_records(text[:whole]))
         found = (_summary(records, seconds) for records in self._records.values() if records)
         return sorted(found, key=lambda one: one["rank"])
-
-
-def _positive(text: str) -> float:
-    """A number of seconds for argparse."""
-    seconds = float(text)
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text} seconds are none: give a number above 0")
-    return seconds
 
 
 def _records(text: str) -> Iterator[dict[str, Any]]:

@@ -155,7 +155,7 @@ def _layout(
 
     def price(layout: Layout) -> float:
         plan = BranchPlan(layout, layout, sequences.documents, band, branches)
-        some = {world // 2, world - 1}  # all are about as busy, but for the first
+        some = {world // 2, world - 1}  # the first ones have fewer keys before them
         fetched = max(elements_fetched(plan, rank, 1) for rank in some) * sequences.batch
         whole = math.lcm(*(branch.rate**2 for branch in branches))
         busiest = max(sum(map(work, runs)) for runs in layout.rows) / whole
