@@ -15,6 +15,7 @@ from ring_core.engine import Settings
 from ring_core.exchange import Exchange
 from ring_core.given import Given
 from ring_core.program import Program
+from ring_core.protocols import Communicator, Selection
 from ring_core.rank_plan import RankPlan
 from ring_core.runtime import Runtime
 
@@ -113,15 +114,9 @@ class Call:
         """The engine's forward by ``plan``, whose group may be a part of the call's."""
         program = self.program(plan, q, v)
         settings = self.tagged("forward", plan)
-        return engine.forward(
-            program,
-            q,
-            k,
-            v,
-            self.runtime.communicator(plan, q.device),
-            settings,
-            choice=self.chosen(plan, q, k, settings.tag),
-        )
+        choice = self.chosen(plan, q, k, settings.tag)
+        communicator = self._moving(plan, q.device, choice)
+        return engine.forward(program, q, k, v, communicator, settings, choice=choice)
 
     def differentiate(
         self, plan: RankPlan, given: Given, kv_dtype: torch.dtype | None = None
@@ -130,6 +125,7 @@ class Call:
         q, k, v = given.q, given.k, given.v
         program = self.program(plan, q, v, columns=int(given.dlse is not None))
         settings = self.tagged("backward", plan)
+        choice = self.chosen(plan, q, k, settings.tag)
         return engine.backward(
             program,
             given.dout,
@@ -138,13 +134,20 @@ class Call:
             v,
             given.out,
             given.lse,
-            self.runtime.communicator(plan, q.device),
+            self._moving(plan, q.device, choice),
             settings,
             dlse=given.dlse,
             need_kv=self.need_kv,
             kv_dtype=kv_dtype,
-            choice=self.chosen(plan, q, k, settings.tag),
+            choice=choice,
         )
+
+    def _moving(self, plan: RankPlan, device: torch.device, choice: Any) -> Communicator | None:
+        """What moves the plan's rows, or of them those that were chosen."""
+        communicator = self.runtime.communicator(plan, device)
+        if communicator is None or not isinstance(choice, Selection):
+            return communicator
+        return communicator.among(choice)
 
     @property
     def need_kv(self) -> bool:

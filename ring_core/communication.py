@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,24 +16,62 @@ from ring_core.attempts import WAIT, Attempts
 from ring_core.errors import InputError, RingTimeoutError
 from ring_core.groups import rank_and_world
 
+if TYPE_CHECKING:
+    from ring_core.protocols import Selection
+
 T = TypeVar("T")
 
 _Key = tuple[torch.device, torch.dtype, int, bool]
 
 
-@dataclass
 class Counters:
-    """What a communicator did since it was made or :meth:`reset`."""
+    """What a communicator did since it was made or :meth:`reset`.
 
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    transfers: int = 0
-    wait_seconds: float = 0.0
+    Attributes:
+        transfers: that were started. wait_seconds: that this process waited for them.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
 
     def reset(self) -> None:
         """Start again from zero."""
-        self.bytes_sent = self.bytes_received = self.transfers = 0
-        self.wait_seconds = 0.0
+        self.transfers, self.wait_seconds = 0, 0.0
+        self._sent = self._received = 0
+        self._late: Tensor | None = None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Where tensors chose what moves, this waits for their GPU, as :attr:`bytes_received`."""
+        self._settle()
+        return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        self._settle()
+        return self._received
+
+    def add(self, sent: int, received: int) -> None:
+        """Count a transfer of so many bytes."""
+        self.transfers += 1
+        self._sent += sent
+        self._received += received
+
+    def add_late(self, moved: Tensor) -> None:
+        """Count a transfer of so many bytes, int64 (sent, received): read when it is asked for. A
+        device's are added up on one stream."""
+        self.transfers += 1
+        self._late = moved if self._late is None else self._late + moved
+
+    def _settle(self) -> None:
+        if self._late is None:
+            return
+        if self._late.is_cuda:
+            torch.cuda.synchronize(self._late.device)
+        sent, received = self._late.tolist()
+        self._late = None
+        self._sent += sent
+        self._received += received
 
 
 class BufferPool:
@@ -86,12 +123,18 @@ class RingCommunicationMixin:
         buffers: the group's pool, shared by all its communicators.
     """
 
+    selects: ClassVar[bool] = False
+
     def __init__(self, group: Any, timeout: float) -> None:
         self.group = group
         self.rank, self.world = rank_and_world(group)
         self.timeout = timeout
         self.counters = Counters()
         self.buffers = _pools.setdefault(group, BufferPool())
+
+    def among(self, selection: Selection) -> Self:
+        """This one: it moves all rows. A class that ``selects`` overrides this."""
+        return self
 
     def pair(self, numels: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
         """One buffer per tensor of a transfer: keys and values never share memory."""

@@ -34,6 +34,19 @@ def copy(target: Tensor, x: Tensor) -> None:
         target.copy_(x)
 
 
+def copy_chosen(target: Tensor, x: Tensor, chosen: Tensor) -> None:
+    """Copy those rows of ``x`` [..., D] to ``target`` that ``chosen`` [...] names.
+
+    A GPU writes them alone: the others do not pass a link that the target lies behind.
+    """
+    if is_fused(x.device):
+        from ring_core.fused import copy_chosen_into
+
+        copy_chosen_into(target, x, chosen)
+    else:
+        target.copy_(torch.where(chosen[..., None], x, target))
+
+
 def shaped(window: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A view of that shape; strided rows, of which there is none, are copied together."""
     if not pays(window):

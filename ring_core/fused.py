@@ -45,6 +45,30 @@ def copy_into(out: Tensor, x: Tensor) -> None:
     _launch(out, None, [x], ())
 
 
+def copy_chosen_into(out: Tensor, x: Tensor, chosen: Tensor) -> None:
+    """Copy those rows of ``x`` [..., D] to ``out`` that ``chosen`` [...] names; the others are
+    neither read nor written. Views of up to six dimensions before the last, one dtype."""
+    sizes, dim = _indexed(out.shape[:-1], 1), out.shape[-1]
+    pairs, columns = out.numel() // dim, triton.next_power_of_2(dim)
+    rows = max(1, _ELEMENTS // columns)
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        _pick[(triton.cdiv(pairs, rows),)](
+            out,
+            _indexed(out.stride()[:-1], 0),
+            x,
+            _indexed(x.stride()[:-1], 0),
+            chosen,
+            _indexed(chosen.stride(), 0),
+            pairs,
+            sizes,
+            x.stride(-1),
+            dim,
+            pairs > 2**31 - rows,
+            rows,
+            columns,
+        )
+
+
 def _launch(
     out: Tensor, lse: Tensor | None, outs: Sequence[Tensor], lses: Sequence[Tensor]
 ) -> None:
@@ -137,6 +161,32 @@ def _combine(  # type: ignore[no-untyped-def]  # Triton reads the annotations
         tl.store(lse + at, merged, inside)
     at = _place(pair, sizes, out_strides)[:, None] + column[None, :]
     tl.store(out + at, summed.to(out.dtype.element_ty), box)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pick(  # type: ignore[no-untyped-def]
+    out,
+    out_strides,
+    x,
+    x_strides,
+    chosen,
+    chosen_strides,
+    pairs,
+    sizes,
+    x_step,
+    dim,
+    WIDE_INDEX: tl.constexpr,
+    PAIRS: tl.constexpr,
+    D: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64 if WIDE_INDEX else tl.int32) * PAIRS
+    pair = first + tl.arange(0, PAIRS)
+    named = tl.load(chosen + _place(pair, sizes, chosen_strides), pair < pairs, other=0) != 0
+    column = tl.arange(0, D)
+    box = named[:, None] & (column < dim)[None, :]
+    at = _place(pair, sizes, x_strides)[:, None] + (column * x_step)[None, :]
+    rows = tl.load(x + at, box)
+    tl.store(out + _place(pair, sizes, out_strides)[:, None] + column[None, :], rows, box)
 
 
 @triton.jit

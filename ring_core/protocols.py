@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ring_core.dropout import Dropout
     from ring_core.masks import Mask
     from ring_core.plan import Tile
-    from ring_core.rounds import Round
+    from ring_core.rounds import Part, Round
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,17 @@ class Pending(Protocol):
 
 
 @runtime_checkable
+class Selection(Protocol):
+    """Which of the rows that a plan moves are read in one call, where its tensors decide that; what
+    an attention chooses for a call may be one."""
+
+    def rows(self, requester: int, owner: int, part: Part) -> Tensor:
+        """Those of ``part``, of the owner's shard, that the requester reads: bool [B, rows, heads];
+        both ranks know them."""
+        ...
+
+
+@runtime_checkable
 class Communicator(Protocol):
     """Moves rows between the ranks of one group.
 
@@ -134,6 +145,8 @@ class Communicator(Protocol):
     shards: ClassVar[float]
     """How many shards' worth of fetched keys its rounds may hold; see
     :func:`ring_core.rounds.rounds`."""
+    selects: ClassVar[bool]
+    """Whether :meth:`among` moves less; if not, ranks do not tell each other what they read."""
     group: Any
     """The process group. Rounds name peers by their place in it."""
     rank: int
@@ -147,6 +160,11 @@ class Communicator(Protocol):
     @classmethod
     def refuse(cls, group: Any, device: torch.device) -> str | None:
         """Why this class cannot serve ``group`` with tensors on ``device``, or None if it can."""
+        ...
+
+    def among(self, selection: Selection) -> Communicator:
+        """One that does as this one does for a single call, of which only what ``selection`` names
+        moves, if this class ``selects``: other rows come as zeros, and so do their gradients."""
         ...
 
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:

@@ -7,9 +7,10 @@ wrapped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ring_core.protocols import AttentionKernel, Communicator, Pending, Problem
+from ring_core.protocols import AttentionKernel, Communicator, Pending, Problem, Selection
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class WrappedCommunicator(Communicator):
     name: ClassVar[str]
     priority: ClassVar[int]
     shards: ClassVar[float]
+    selects: ClassVar[bool]
     group: Any
     rank: int
     world: int
@@ -47,6 +49,14 @@ class WrappedCommunicator(Communicator):
     def refuse(cls, group: Any, device: torch.device) -> str | None:
         """Never chosen: an observer puts it around the one that was."""
         return "wraps another communicator"
+
+    def among(self, selection: Selection) -> Communicator:
+        inner = self.inner.among(selection)
+        if inner is self.inner:
+            return self
+        other = copy(self)
+        other.inner = inner
+        return other
 
     def fetch(self, one: Round, tensors: Sequence[Tensor], tag: int) -> Pending:
         return self.inner.fetch(one, tensors, tag)

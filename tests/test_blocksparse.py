@@ -9,12 +9,12 @@ import torch
 from ring_attention_blocksparse.config import BlockSparseConfig
 
 import by_definition
-from in_rounds import run_in_rounds
+from in_rounds import one_sided, run_in_rounds
 from ring_core import registry
 from ring_core.rounds import elements_fetched, elements_sent
 from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
-from ring_core.testing.case import expected_of, run_case
+from ring_core.testing.case import Result, expected_of, gathered, run_case
 from ring_core.testing.tasks import build
 
 
@@ -145,6 +145,53 @@ def test_the_choice_needs_pooled_keys_beside_the_ring(cpu_pool: RankPool):
     # Means of the keys of four blocks a rank, to three peers, in forward and backward.
     pooled = 4 * 2 * 8 * 8 * 3 * 2
     assert [counted - planned for counted, planned, _ in found] == [pooled] * 4
+
+
+def moved_one_sided(worker: Worker, case: Case) -> tuple[int, int, int, Result]:
+    """Bytes that a forward and backward sent and received, those of what its plan may need, and
+    the results."""
+    attention, plan, (q, k, v, dout, dlse) = build(worker, case)
+    counters = one_sided(worker, attention, 3).counters
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*leaves, plan=plan, return_lse=True)
+    torch.autograd.backward((out, lse), (dout, dlse))
+    keys = elements_sent(plan.plan, plan.rank, case.kv_heads)
+    gradients = elements_fetched(plan.plan, plan.rank, case.kv_heads)
+    most = (2 * keys + gradients) * case.batch * (case.head_dim + case.value_dim) * 8
+    whole = gathered(plan, out, lse, *(x.grad for x in leaves))
+    return counters.bytes_sent, counters.bytes_received, most, whole
+
+
+@pytest.mark.parametrize("sizes", [{"seq_len": 128}, {"cu_seqlens": (0, 3, 60, 60, 128)}])
+def test_one_sided_only_chosen_blocks_travel(cpu_pool: RankPool, sizes) -> None:
+    """A rank gets the blocks that some query of its sees, head by head, and sends back their
+    gradients; beside that travel pooled keys, and what each rank reads."""
+    chosen = (
+        {"kind": "topk", "blocks": 2, "heads": [0]},
+        {"kind": "topk", "blocks": 3, "heads": [1, 3]},
+        {"kind": "sink", "n": 5, "heads": [1, 2]},
+        {"kind": "local", "left": 3, "right": 9, "heads": [2]},
+    )
+    fields = small(*chosen, block_q=8, block_kv=8, layout="contiguous")
+    case = Case("blocksparse", fields, heads=8, kv_heads=4, batch=2, **sizes)
+    world, blocks, seen = 4, 16, shown(case)
+    found = cpu_pool.run(moved_one_sided, case, world=world)
+    errors = found[0][3].errors(expected_of(case, seen))
+    assert all(error < 1e-10 for error in errors.values()), errors
+    by_head = seen.view(2, 4, 2, world, -1, blocks, 8).any(2).any(3).any(4)  # [B, K, rank, block]
+    a_block = 8 * (case.head_dim + case.value_dim) * 8
+    pooled = 4 * case.kv_heads * case.head_dim * 8 * 2
+    told = 2 * case.kv_heads * blocks
+    assert 0 < by_head.sum() < by_head.numel()
+    for rank, (sent, received, most, _) in enumerate(found):
+        mine = range(4 * rank, 4 * rank + 4)
+        others = [peer for peer in range(world) if peer != rank]
+        given = int(by_head[:, :, others][..., mine].sum())
+        fetched = int(by_head[:, :, rank].sum() - by_head[:, :, rank, mine].sum())
+        beside = 2 * 3 * (pooled + told)
+        assert sent == (2 * given + fetched) * a_block + beside
+        assert received == (2 * fetched + given) * a_block + beside
+        assert sent - beside < most
 
 
 IN_ROUNDS = (2, 1, "rounding"), (2, 3, "usual"), (3, 1.5, "rounding"), (4, 3, "rounding")

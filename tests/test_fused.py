@@ -98,22 +98,27 @@ def accumulate() -> None:
         together = torch.empty(window.shape)
         copying.copy(together, window)
         assert torch.equal(together, window.float())
+        for with_it in (False, True):
+            copying.is_fused = lambda device, with_it=with_it: with_it
+            chosen = torch.rand(window.shape[:-1]) < 0.5
+            target = torch.full((*window.shape[:-1], 9), 7.0).to(x.dtype)
+            copying.copy_chosen(target[..., 1:], window, chosen)
+            right = torch.where(chosen[..., None], window, 7)
+            assert torch.equal(target[..., 1:], right)
+            assert (target[..., 0] == 7).all()
 
 
 def compile_for_a_gpu() -> None:
-    """The kernel is compiled to machine code of Hopper, on whatever machine this is."""
-    import triton
+    """The kernels are compiled to machine code of Hopper, on whatever machine this is."""
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from ring_core import fused
 
-    names = fused._combine.arg_names
     for merge in (False, True):
         n = 3
-        signature = dict.fromkeys(names, "i32")
-        signature.update(
+        _compile(
+            fused._combine,
+            {"WIDE": tl.float32, "N": n, "MERGE": merge, "WIDE_INDEX": merge},
             out="*bf16",
             out_strides=("i64",) * 6,
             lse="*fp32",
@@ -121,19 +126,24 @@ def compile_for_a_gpu() -> None:
             outs=("*bf16",) * n,
             outs_strides=(("i64",) * 6,) * n,
             lses=("*fp32",) * n,
-            sizes=("i32",) * 6,
             lses_strides=(("i64",) * 6,) * n,
         )
-        constants = {"WIDE": tl.float32, "N": n, "MERGE": merge, "WIDE_INDEX": merge}
-        constants.update(PAIRS=16, D=128)
-        signature.update(dict.fromkeys(constants, "constexpr"))
-        source = ASTSource(
-            fused._combine,
-            signature,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        assert len(compiled.asm["cubin"]) > 1000
+    strides = {f"{name}_strides": ("i64",) * 6 for name in ("out", "x", "chosen")}
+    _compile(fused._pick, {"WIDE_INDEX": True}, out="*bf16", x="*bf16", chosen="*i1", **strides)
+
+
+def _compile(kernel, constants: dict, **types) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {**constants, "PAIRS": 16, "D": 128}
+    signature = dict.fromkeys(kernel.arg_names, "i32")
+    signature |= {**types, "sizes": ("i32",) * 6, **dict.fromkeys(constants, "constexpr")}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=places)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 1000
 
 
 PROGRAMS = {interpret: "1", accumulate: "1", compile_for_a_gpu: "0"}

@@ -13,6 +13,7 @@ from ring_attention_standard.config import StandardConfig
 from ring_core import (
     Observer,
     RingAttentionConfig,
+    RingCommunicationMixin,
     Variant,
     WrappedCommunicator,
     WrappedKernel,
@@ -117,6 +118,28 @@ def test_a_wrapper_has_all_that_it_wraps(cpu_pool: RankPool) -> None:
         assert found["kinds"] == [True, True]
         assert found["copied"]
         assert found["refused"] == "wraps another communicator"
+
+
+class Selecting(RingCommunicationMixin):
+    """Gives another one for a call's choice."""
+
+    def among(self, selection: Any) -> Any:
+        other = copy.copy(self)
+        other.chosen = selection
+        return other
+
+
+def test_a_wrapper_stays_around_what_moves_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ring_core.communication.rank_and_world", lambda group: (0, 1))
+    inner, choice = Selecting(Selecting, 1.0), object()
+    passing = Passing(inner)
+    for_a_call = passing.among(choice)
+    assert isinstance(for_a_call, Passing)
+    assert for_a_call.inner.chosen is choice
+    assert passing.inner is inner
+    assert for_a_call.counters is passing.counters
+    plain = Passing(RingCommunicationMixin(Selecting, 1.0))
+    assert plain.among(choice) is plain
 
 
 class Mine(StandardConfig):

@@ -120,6 +120,38 @@ def test_a_cuda_graph_holds_forward_and_backward(
     assert max(gpu_pool.run(captured, causal, documents, timeout=60)) < 0.01
 
 
+def chosen(worker: Worker) -> tuple[float, int, int]:
+    """Largest relative difference from one GPU alone of a call that chooses blocks; bytes that it
+    sent, and those of all that it might have read."""
+    from ring_core.rounds import elements_fetched, elements_sent
+
+    fields = {"causal": True, "patterns": ({"kind": "topk", "blocks": 2},)}
+    attention = registry.create("blocksparse", group=worker.group, **{**FIELDS, **fields})
+    alone = registry.create("blocksparse", group=_only_me(worker), **fields)
+    plan = attention.plan(4096)
+    whole = tensors(4096, 0)
+    found = both(attention, plan, [plan.shard(x) for x in whole])
+    right = both(alone, alone.plan(4096), whole)
+    keys, gradients = (
+        count(plan.plan, plan.rank, KV_HEADS) for count in (elements_sent, elements_fetched)
+    )
+    return (
+        max(
+            float((a.float() - b.float()).norm() / b.float().norm())
+            for a, b in zip(found, [plan.shard(x) for x in right], strict=True)
+        ),
+        attention.communicator(plan).counters.bytes_sent,
+        (2 * keys + gradients) * 2 * DIM * 2,
+    )
+
+
+def test_blocks_that_tensors_chose_travel_alone(gpu_pool: RankPool) -> None:
+    found = gpu_pool.run(chosen, timeout=60)
+    assert max(difference for difference, _, _ in found) < 0.01
+    if gpu_pool.size > 1:
+        assert 0 < sum(sent for _, sent, _ in found) < 0.8 * sum(most for _, _, most in found)
+
+
 def test_ranks_that_cannot_reach_each_other_use_messages() -> None:
     from ring_attention_standard.symmetric_memory import SymmetricMemory
 

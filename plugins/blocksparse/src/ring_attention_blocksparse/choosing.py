@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ring_attention_blocksparse.mask import Choice
+from ring_attention_blocksparse.mask import Choice, KnownChoice
 from ring_attention_blocksparse.pairs import (
     Span,
     active,
@@ -36,7 +37,8 @@ def choose(
     """The choice of every pattern that makes one, for this rank's queries; None if there is none.
 
     Means of keys are gathered from all ranks, a row for each block; those of queries only where
-    blocks lie on several ranks.
+    blocks lie on several ranks. Where the communicator can move what was chosen and no more, the
+    ranks then tell each other what they read: a byte for each block and head.
 
     Args:
         q: [B, S, Hq, D]. k: [B, S, Hkv, D]: this rank's shards.
@@ -73,7 +75,45 @@ def choose(
             scores = _scores(part.scene, index[some], queries[batch], keys[batch])
             for found in blocks.values():
                 found[batch, :, some] = _best(scores, found.shape[-1])
-    return Choice(index, blocks, first)
+    if exchange.communicator is None or not exchange.communicator.selects:
+        return Choice(index, blocks, first)
+    read = _read(plan, exchange.rank, index, blocks, first).to(torch.uint8).unsqueeze(1)
+    told = exchange.gather([read], [1] * exchange.world)
+    together = torch.cat([theirs for (theirs,) in told], 1).transpose(0, 1).bool()
+    return KnownChoice(index, blocks, first, read=together, keys=plan.keys, size=scene.block_kv)
+
+
+def _read(
+    plan: BlockPlan, rank: int, index: Tensor, blocks: Mapping[Pattern, Tensor], first: int
+) -> Tensor:
+    """Which key blocks this rank's queries see something of: bool [B, K, key blocks]."""
+    batch, kv_heads = next(iter(blocks.values())).shape[:2]
+    heads, count = range(first, first + kv_heads), plan.parts[0].scene.key_blocks
+    read = torch.zeros(batch, kv_heads, count + 1, dtype=torch.bool, device=index.device)
+    for number, part in enumerate(plan.parts):
+        rows = slice(None) if part.batch is None else slice(part.batch.start, part.batch.stop)
+        read[rows, :, :count] = _read_anyway(plan, number, rank, heads, index.device)
+    for pattern, chosen in blocks.items():
+        mine = [head - first for head in heads if pattern.applies(head)]
+        some = slice(None) if len(mine) == kv_heads else mine
+        there = chosen[:, some].flatten(2)
+        there = torch.where(there < 0, count, there)
+        read[:, some] = read[:, some].scatter(2, there, True)
+    return read[..., :count]
+
+
+@lru_cache(maxsize=256)
+def _read_anyway(
+    plan: BlockPlan, part: int, rank: int, heads: range, device: torch.device
+) -> Tensor:
+    """Which key blocks a rank's queries see, whatever is chosen: bool [K, key blocks]."""
+    scene = plan.parts[part].scene
+    index = _held(plan.queries, scene.block_q, rank, _CPU)
+    read = torch.zeros(len(heads), scene.key_blocks, dtype=torch.bool, device="cpu")
+    for row, head in zip(read, heads, strict=True):
+        row[active(scene, plan.of_head(head), head).of(index)[1]] = True
+    with torch.inference_mode(False):
+        return read.to(device, copy=True)
 
 
 def density_of(plan: BlockPlan, rank: int, heads: range, choice: Choice | None) -> float:

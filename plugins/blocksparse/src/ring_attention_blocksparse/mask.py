@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -15,9 +15,11 @@ from ring_attention_blocksparse.pairs import active, admitted, visible_block, vi
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
 from ring_attention_blocksparse.tables import FULL, Bits, Pairs, Pieces, Tables, pairs_of
+from ring_core.layout import Layout
 from ring_core.masks import Mask
-from ring_core.plan import Tile
-from ring_core.tiling import Run
+from ring_core.plan import Rows, Tile
+from ring_core.rounds import Part
+from ring_core.tiling import Run, runs_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,41 @@ class Choice:
     index: Tensor
     blocks: Mapping[Pattern, Tensor]
     first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class KnownChoice(Choice):
+    """A choice of which each rank knows what the others read: a
+    :class:`ring_core.protocols.Selection`.
+
+    Attributes:
+        read: bool [world, B, K, key blocks], of which each rank reads something.
+        keys: how they are dealt out. size: keys in a block.
+    """
+
+    read: Tensor = field(kw_only=True)
+    keys: Layout = field(kw_only=True)
+    size: int = field(kw_only=True)
+
+    def rows(self, requester: int, owner: int, part: Part) -> Tensor:
+        """Which rows of a part the requester reads: bool [B, rows, heads]."""
+        blocks = _blocks_at(self.keys, self.size, owner, part.rows, self.read.device)
+        heads = part.heads.indices(self.read.shape[2])
+        read = self.read[requester]
+        if len(heads) < read.shape[1]:
+            read = read[:, list(heads)]
+        return read[:, :, blocks].transpose(1, 2)
+
+
+@lru_cache(maxsize=1024)
+def _blocks_at(layout: Layout, size: int, owner: int, rows: Rows, device: torch.device) -> Tensor:
+    """The block that each row of a shard lies in: int64; kept on ``device`` for a while."""
+    blocks = torch.zeros(layout.size, dtype=torch.int64, device="cpu")
+    for run in runs_of(layout, owner):
+        tokens = torch.arange(run.tokens.start, run.tokens.stop, run.tokens.step, device="cpu")
+        blocks[run.row : run.row + len(tokens)] = tokens // size
+    with torch.inference_mode(False):
+        return blocks[torch.tensor(rows.indices(), device="cpu")].to(device)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class BlockPlan(Plan):
             found["blocks"] = f"{scene.block_q} queries x {scene.block_kv} keys"
         if self.chooses:
             found["chosen blocks"] = (
-                "all visible keys travel; which ones are computed with is known in a call"
+                "known in a call; over communicator 'symmetric' they travel, else all visible keys"
             )
         return found
 

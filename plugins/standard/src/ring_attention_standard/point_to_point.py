@@ -111,9 +111,7 @@ class PointToPoint(RingCommunicationMixin):
                 for buffer in buffers
                 if buffer.numel()
             ]
-        self.counters.bytes_sent += sum(x.nbytes for x in outgoing[1])
-        self.counters.bytes_received += sum(x.nbytes for x in incoming[1])
-        self.counters.transfers += 1
+        self.counters.add(*(sum(x.nbytes for x in way[1]) for way in (outgoing, incoming)))
 
         def name() -> str:
             return (

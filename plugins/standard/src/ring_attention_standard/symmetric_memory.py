@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +20,12 @@ from ring_attention_standard.region import Region
 from ring_attention_standard.signals import LARGEST
 from ring_core.communication import RingCommunicationMixin
 from ring_core.comparing import compare
-from ring_core.copying import shaped
+from ring_core.copying import copy_chosen, shaped
 from ring_core.groups import rank_and_world
 from ring_core.plan import ALL_HEADS, Segments
-from ring_core.protocols import Pending
+from ring_core.protocols import Pending, Selection
 from ring_core.rounds import Block, Part, Round, Step
-from ring_core.rows import numel, parts_numel, select, take
+from ring_core.rows import numel, select, take
 from ring_core.softmax import gradient_dtype
 
 _ALIGNED = 256
@@ -43,6 +45,9 @@ class SymmetricMemory(RingCommunicationMixin):
     kernels that fill the GPU hold nothing up. Rounds take turns with two places: one round's rows
     come while the last one's are used. Calls of all attentions of a group take turns on one stream.
 
+    Where a call's tensors choose what is read, a kernel writes the rows that were chosen, and no
+    others, straight into the peer's memory.
+
     A stream that waits for a peer does so without a deadline.
 
     Args:
@@ -52,6 +57,9 @@ class SymmetricMemory(RingCommunicationMixin):
     name: ClassVar[str] = "symmetric"
     priority: ClassVar[int] = 10
     shards: ClassVar[float] = 3
+    selects: ClassVar[bool] = True
+
+    _selection: Selection | None = None
 
     def __init__(self, group: Any, timeout: float, region: Any = None) -> None:
         super().__init__(group, timeout)
@@ -72,6 +80,12 @@ class SymmetricMemory(RingCommunicationMixin):
             _refusals[group] = _why_apart(group, device)
         return _refusals[group]
 
+    def among(self, selection: Selection) -> SymmetricMemory:
+        """This one for a call of which only what ``selection`` names moves."""
+        other = copy(self)
+        other._selection = selection
+        return other
+
     @property
     def shared_bytes(self) -> int:
         """Memory that this rank lends to transfers; torch's allocator does not count it."""
@@ -88,14 +102,16 @@ class SymmetricMemory(RingCommunicationMixin):
             for put in way.within:
                 put.start(put.source(tensors))
         sources = [put.source(tensors) for put in way.across]  # strided rows take SMs too
+        chosen = way.chosen(self._selection)
         with region.turn(device):
             region.barrier("free", self.timeout)
             for put, source in zip(way.across, sources, strict=True):
-                put.start(source)
+                put.start(source, chosen)
+            way.clear(chosen)
             region.barrier("keys", self.timeout)
             mark = region.mark()
-        self._count(way)
-        return _Transfer(region, mark, way.received, kept=(sources, memory.memory))
+            self._count(way, chosen)
+        return _Transfer(region, mark, way.received, kept=(sources, chosen, memory.memory))
 
     def give_back(
         self,
@@ -108,14 +124,16 @@ class SymmetricMemory(RingCommunicationMixin):
         memory = _of(region.slots, one)
         way = self._way(memory, one, like, _bytes_of_gradients, self._way_of_gradients)
         flat = [x for step in gradients for part in step for x in part]
+        chosen = way.chosen(self._selection)
         with region.turn(like[0].device):
             for put in way.across:
-                put.start(put.source(flat))
+                put.start(put.source(flat), chosen)
+            way.clear(chosen)
             turn = "odd" if one.number % 2 else "even"
             region.barrier(f"gradients of {turn} rounds", self.timeout)
             mark = region.mark()
-        self._count(way)
-        return _Transfer(region, mark, way.received, kept=(gradients, memory.memory))
+            self._count(way, chosen)
+        return _Transfer(region, mark, way.received, kept=(gradients, chosen, memory.memory))
 
     def _way(
         self,
@@ -142,36 +160,45 @@ class SymmetricMemory(RingCommunicationMixin):
 
     def _way_of_keys(self, way: _Way, like: Sequence[Tensor]) -> None:
         one = way.one
-        mine = (self._blocks(self.rank, one, one.blocks, like, i) for i in _each(like))
+        mine = [self._blocks(self.rank, one, one.blocks, like, i) for i in _each(like)]
         way.received = list(zip(*mine, strict=True))
         for step in one.steps:
-            for i, x in enumerate(like):
-                if step.give:
-                    blocks = self._blocks(step.requester, one, step.there, like, i)
-                    puts = way.within if step.requester == self.rank else way.across
-                    for part in step.give:
-                        rows = blocks[part.block][:, part.row : part.row + len(part.rows)]
-                        puts.append(_Put(i, rows, part))
-                way.count(step, step.give, step.parts, x, x.dtype)
+            for i in _each(like):
+                theirs = self._blocks(step.requester, one, step.there, like, i)
+                for part, there in zip(step.give, _rows(theirs, step.give), strict=True):
+                    if step.offset:
+                        named = way.name(step.requester, self.rank, part)
+                        way.across.append(_Put(i, there, part, named))
+                    else:
+                        way.within.append(_Put(i, there, part))
+                if step.offset:
+                    names = (way.name(self.rank, step.source, part) for part in step.parts)
+                    way.came += zip(_rows(mine[i], step.parts), names, strict=True)
 
     def _way_of_gradients(self, way: _Way, like: Sequence[Tensor]) -> None:
         one, first = way.one, 0
         for place, step in enumerate(one.steps):
             mine = []
-            for i, x in enumerate(like):
+            for i in _each(like):
                 theirs = self._slot(step.source, one, place, step.parts, like, i)
-                for part, there in enumerate(theirs):
-                    way.across.append(_Put(first + part * len(like) + i, there))
+                for number, there in enumerate(theirs):
+                    part = step.parts[number]
+                    named = way.name(self.rank, step.source, part) if step.offset else None
+                    way.across.append(_Put(first + number * len(like) + i, there, named=named))
                 mine.append(self._slot(self.rank, one, place, step.give, like, i))
-                dtype = gradient_dtype(x.dtype, step.rounded)
-                way.count(step, step.parts, step.give, x, dtype)
+                if step.offset:
+                    names = (way.name(step.requester, self.rank, part) for part in step.give)
+                    way.came += zip(mine[-1], names, strict=True)
             way.received.append(list(zip(*mine, strict=True)))
             first += len(step.parts) * len(like)
 
-    def _count(self, way: _Way) -> None:
-        self.counters.transfers += 1
-        self.counters.bytes_sent += way.sent
-        self.counters.bytes_received += way.got
+    def _count(self, way: _Way, chosen: Sequence[Tensor]) -> None:
+        if not chosen:
+            self.counters.add(*way.moved)
+        elif not (chosen[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            # A graph's replays are not counted, nor may it keep what is counted with.
+            rows = torch.stack([x.count_nonzero() for x in chosen])
+            self.counters.add_late((rows * way.widths).sum(1))
 
     def _blocks(
         self, rank: int, one: Round, blocks: Sequence[Block], like: Sequence[Tensor], which: int
@@ -217,11 +244,15 @@ class _Put:
     Args:
         which: of the tensors that a transfer is given.
         there: [B, rows, heads, D]. part: the rows; all of the tensor if not given.
+        named: which of the way's names these rows have; None where they stay on this rank.
     """
 
-    def __init__(self, which: int, there: Tensor, part: Part | None = None) -> None:
+    def __init__(
+        self, which: int, there: Tensor, part: Part | None = None, named: int | None = None
+    ) -> None:
         self._which, self._part = which, part
-        self._shape, self._there = there.shape, there.unbind(0)
+        self.there, self.named = there, named
+        self._each = there.unbind(0)
         self._run: slice | None = slice(None)
         if part is not None:
             rows = part.rows
@@ -237,11 +268,18 @@ class _Put:
         if isinstance(self._part.rows, Segments):
             return take(x, self._part.rows, self._part.heads)
         window = select(x, self._part.rows, self._part.heads)
-        return shaped(window, self._shape).contiguous()  # a view may be strided still
+        return shaped(window, self.there.shape).contiguous()  # a view may be strided still
 
-    def start(self, source: Tensor) -> None:
-        """On the current stream."""
-        for b, there in enumerate(self._there):
+    def start(self, source: Tensor, chosen: Sequence[Tensor] = ()) -> None:
+        """On the current stream.
+
+        Args:
+            chosen: bool [B, rows, heads] by name, where not all rows go.
+        """
+        if chosen and self.named is not None:
+            copy_chosen(self.there, source, chosen[self.named])
+            return
+        for b, there in enumerate(self._each):
             there.copy_(source[b])
 
 
@@ -253,7 +291,8 @@ class _Way:
         needed: bytes of the memory that it leads to.
         received: what waiting for the transfer gives.
         within, across: what is put into this rank's memory, and into the peers'.
-        sent, got: bytes, as they are counted.
+        came: where peers put theirs, each with its name.
+        names: what goes between two ranks, as (requester, owner, part).
     """
 
     one: Round
@@ -261,21 +300,39 @@ class _Way:
     received: list[Any] = field(default_factory=list)
     within: list[_Put] = field(default_factory=list)
     across: list[_Put] = field(default_factory=list)
-    sent: int = 0
-    got: int = 0
+    came: list[tuple[Tensor, int]] = field(default_factory=list)
+    names: dict[tuple[int, int, Part], int] = field(default_factory=dict)
 
-    def count(
-        self,
-        step: Step,
-        sent: Sequence[Part],
-        received: Sequence[Part],
-        like: Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        """Add what a step moves between ranks."""
-        if step.offset:
-            self.sent += parts_numel(sent, like) * dtype.itemsize
-            self.got += parts_numel(received, like) * dtype.itemsize
+    def name(self, requester: int, owner: int, part: Part) -> int:
+        """The number of a name."""
+        return self.names.setdefault((requester, owner, part), len(self.names))
+
+    def chosen(self, selection: Selection | None) -> list[Tensor]:
+        """By name which rows move; nothing where all do."""
+        return [] if selection is None else [selection.rows(*name) for name in self.names]
+
+    def clear(self, chosen: Sequence[Tensor]) -> None:
+        """Zeros in place of rows that peers do not put here."""
+        if chosen:
+            for rows, named in self.came:
+                rows.masked_fill_(~chosen[named][..., None], 0)
+
+    @cached_property
+    def moved(self) -> tuple[int, int]:
+        """Bytes sent and received, where all rows move."""
+        sent = sum(put.there.nbytes for put in self.across if put.named is not None)
+        return sent, sum(rows.nbytes for rows, _ in self.came)
+
+    @cached_property
+    def widths(self) -> Tensor:
+        """Bytes that a row of a head takes, by name: int64 [2, names], sent and received."""
+        sent = [(put.there, put.named) for put in self.across if put.named is not None]
+        found = [[0] * len(self.names) for _ in range(2)]
+        for total, rows in zip(found, (sent, self.came), strict=True):
+            for x, named in rows:
+                total[named] += x.shape[-1] * x.element_size()
+        one = self.across[0].there if self.across else self.came[0][0]
+        return torch.tensor(found, dtype=torch.int64, device=one.device)
 
 
 class _Transfer:
@@ -295,6 +352,11 @@ class _Transfer:
     def release(self) -> None:
         self.kept = None
         self.region.used()
+
+
+def _rows(blocks: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+    """Where parts stand in a round's blocks."""
+    return [blocks[part.block][:, part.row : part.row + len(part.rows)] for part in parts]
 
 
 def _shaped(flat: Tensor, rows: int, like: Tensor) -> Tensor:
