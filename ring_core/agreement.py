@@ -132,7 +132,8 @@ class Agreement:
 
         A late peer becomes the one error that every rank of the group raises, and ends the group:
         the call's verdict or refusal, another rank's own failure in this call, ranks that turn out
-        to compute different things, or else the first timeout that any rank had.
+        to compute different things, or else the first timeout that any rank had, with the ranks
+        of which nothing was heard since.
         """
         try:
             return self._ask(lambda: self._explain(call, signature, error), _SECONDS_TO_EXPLAIN)
@@ -148,7 +149,7 @@ class Agreement:
             # This rank's transfers are out of step with the others' from here on.
             self._dead = self._decide(self._key(call, "failed"), encode(told))
             return None
-        agreed = self._why(call, signature) or encode(error)
+        agreed = self._why(call, signature, error)
         self._dead = self._decide(f"{self._prefix}/dead", agreed)
         return decode(self._dead)
 
@@ -177,7 +178,7 @@ class Agreement:
             self._dead = str(self._store.get(key).decode())
             raise decode(self._dead)
 
-    def _why(self, call: int, signature: Signature) -> str | None:
+    def _why(self, call: int, signature: Signature, error: RingTimeoutError) -> str:
         for what in ("verdict", "failed"):
             key = self._key(call, what)
             if self._store.check([key]):
@@ -185,15 +186,24 @@ class Agreement:
                 if verdict != _COMPLETE:
                     return verdict
         if self._store.check([f"{self._prefix}/dead"]):
-            return None
+            return encode(error)
         self._post(call, signature)
+        late = [self._key(call, f"late/{rank}") for rank in range(self._world)]
+        self._store.set(late[self._rank], "")
+        with suppress(RuntimeError):
+            self._store.wait(late, timedelta(seconds=_SECONDS_TO_EXPLAIN))
         keys = {rank: self._key(call, rank) for rank in range(self._world)}
-        try:
-            self._store.wait(list(keys.values()), timedelta(seconds=_SECONDS_TO_EXPLAIN))
-        except RuntimeError:
-            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        message = _difference({r: json.loads(self._store.get(key)) for r, key in keys.items()})
-        return encode(DisagreementError(message)) if message else None
+        keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        posts = {rank: json.loads(self._store.get(key)) for rank, key in keys.items()}
+        if message := _difference(posts):
+            return encode(DisagreementError(message))
+        silent = [rank for rank, key in enumerate(late) if not self._store.check([key])]
+        if silent:
+            error = RingTimeoutError(
+                f"{error} Nothing was heard of {_ranks(silent)} within "
+                f"{_SECONDS_TO_EXPLAIN:g} s more: dead, stopped, or still waiting for others."
+            )
+        return encode(error)
 
     def _post(self, call: int, signature: Signature) -> None:
         fields = {"digest": signature.digest, "fields": signature.fields, "ran": self._ran}

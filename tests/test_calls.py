@@ -225,6 +225,7 @@ def test_a_late_peer_is_named_alike_on_every_rank(broken: Broken) -> None:
     assert len({str(outcome) for outcome in outcomes}) == 1, outcomes
     assert "timeout=2 s" in str(outcomes[0])
     assert "fetching keys" in str(outcomes[0])
+    assert "Nothing was heard of rank 0 within 1 s more" in str(outcomes[0])
 
 
 def skipped_backward(worker: Worker) -> list[float | str]:

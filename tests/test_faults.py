@@ -130,12 +130,10 @@ def steps(group: Any, rank: int, drill: dict[str, Any]) -> list[dict[str, Any]]:
             "distributed",
             causal=True,
             group=group,
-            retries=2,
-            backoff=0.05,
-            check_finite=True,
             timeout=TIMEOUT,
             monitor=True,
             ulysses=drill["ulysses"],
+            **drill["with"],
         )
         return [_step(attention, saboteur, drill, step, rank) for step in range(STEPS)]
     finally:
@@ -181,7 +179,10 @@ def in_pool(worker: Worker, drill: dict[str, Any]) -> list[dict[str, Any]]:
     return steps(worker.group, worker.rank, drill)
 
 
-def drills(kinds: list[str], count: int) -> list[dict[str, Any]]:
+GUARDED = {"retries": 2, "backoff": 0.05, "check_finite": True}
+
+
+def drills(kinds: list[str], count: int, **fields: Any) -> list[dict[str, Any]]:
     chance = random.Random(len(kinds))
     return [
         {
@@ -190,6 +191,7 @@ def drills(kinds: list[str], count: int) -> list[dict[str, Any]]:
             "step": chance.randrange(STEPS),
             "transfer": chance.randrange(4),
             "ulysses": chance.choice([1, 1, 3]),
+            "with": fields,
         }
         for n in range(count)
     ]
@@ -219,7 +221,7 @@ def check(drill: dict[str, Any], outcomes: dict[int, list[dict[str, Any]]]) -> N
         "raise": "RankFailedError",
         "nan": "NonFiniteError",
         "length": "DisagreementError",
-    }.get(kind, "RankFailedError")
+    }.get(kind, "RankFailedError" if drill["with"] else "RingTimeoutError")
     assert named["error"] == expected, (drill, named)
     if kind == "raise":
         assert struck[victim]["error"] == "ArithmeticError"
@@ -278,9 +280,10 @@ def end(drill: dict[str, Any], port: int, folder: Path) -> dict[int, list[dict[s
             process.join()
 
 
-SURVIVED = drills(["raise", "nan", "length", "slow", "drop"], 30)
-DEADLY = drills(["kill", "stop", "too slow"], 20)
-LATE = {"kind": "too slow", "victim": 1, "step": 0, "transfer": 0, "ulysses": 1}
+SURVIVED = drills(["raise", "nan", "length", "slow", "drop"], 30, **GUARDED)
+DEADLY = drills(["kill", "stop", "too slow"], 20, **GUARDED) + drills(["kill", "stop"], 4)
+"""The last ones with the fields as they are by default: without retries and checks."""
+LATE = {"kind": "too slow", "victim": 1, "step": 0, "transfer": 0, "ulysses": 1, "with": GUARDED}
 
 
 @pytest.fixture(scope="module")
