@@ -140,7 +140,7 @@ def chosen(worker: Worker) -> tuple[float, int, int]:
             float((a.float() - b.float()).norm() / b.float().norm())
             for a, b in zip(found, [plan.shard(x) for x in right], strict=True)
         ),
-        attention.communicator(plan).counters.bytes_sent,
+        attention.communicator(plan, "cuda").counters.bytes_sent,
         (2 * keys + gradients) * 2 * DIM * 2,
     )
 
