@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """For pictures: the cells that tokens stand for, one after the other as they are laid out.
+
+    Attributes:
+        grid: (height, width), or (frames, height, width); some cells may be no token's.
+        cells, tokens: int64, on the CPU, alike long.
+    """
+
+    grid: tuple[int, ...]
+    cells: Tensor
+    tokens: Tensor
 
 
 class Order(ABC):
@@ -21,6 +36,10 @@ class Order(ABC):
     @abstractmethod
     def make(self) -> Tensor:
         """The token at each place: int64 [length] on the CPU, each of 0..length-1 once."""
+
+    def walk(self) -> Walk | None:
+        """The way through the grid that tokens are the cells of; None where there is no grid."""
+        return None
 
     def tokens(self, device: torch.device | str = "cpu") -> Tensor:
         """The token at each place; kept on ``device`` for a while."""

@@ -22,6 +22,8 @@ from ring_core.masks import Mask
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ring_core.order import Walk
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Rows:
@@ -262,10 +264,10 @@ class Plan(ABC):
         return ()
 
     @property
-    def walk(self) -> tuple[tuple[int, ...], Tensor] | None:
-        """For pictures: the grid that the tokens are the cells of, and its cells in the order in
-        which they are laid out; None where there is no grid."""
-        return None
+    def walk(self) -> Walk | None:
+        """For pictures: how the tokens that callers hold are laid out; None if there is no grid."""
+        order = self.shards[0].order
+        return None if order is None else order.walk()
 
     def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor | None:
         """For pictures: of which cells ``rank`` computes something with ``owner``'s keys.
@@ -347,7 +349,7 @@ class ForHeads(Plan):
         return self.whole.alternatives()
 
     @property
-    def walk(self) -> tuple[tuple[int, ...], Tensor] | None:
+    def walk(self) -> Walk | None:
         return self.whole.walk
 
     def cells(self, rank: int, owner: int, cells: int, length: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from ring_attention_distributed.alike import check_alike
 from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.heads import Split
 from ring_attention_hilbert.config import HilbertConfig
-from ring_attention_hilbert.orders import GridOrder
+from ring_attention_hilbert.planner import order_of
 
 import by_definition
 from ring_core import reference, registry
@@ -47,6 +47,14 @@ GRID = {
     "order": "hilbert",
     "block_q": 4,
     "block_kv": 4,
+}
+FOLDED = {
+    "variant": "hilbert",
+    "segment_length": 16,
+    "patterns": ({"kind": "local", "left": 9, "right": 4}, {"kind": "strided", "stride": 7}),
+    "order": "hilbert",
+    "block_q": 4,
+    "block_kv": 8,
 }
 DILATED = {"segment_lengths": (8, 32), "dilation_rates": (1, 3)}
 
@@ -82,6 +90,17 @@ class TestOverBlocks(Conformance):
         return by_definition.out_of_sight(case, BlockSparseConfig(**BLOCKS))
 
 
+class TestOverCurves(Conformance):
+    variant = "distributed"
+    fields = ({"causal": True, "inner": FOLDED},)
+    sequences: ClassVar = {name: Conformance.sequences[name] for name in ("odd", "one token")}
+    half: ClassVar = {**Conformance.half, "seq_len": 256}
+    test_without_a_plan = None  # shards are then of another order; see test_hilbert.py
+
+    def visible(self, case: Case) -> torch.Tensor:
+        return visible(case)
+
+
 def visible(case: Case) -> torch.Tensor:
     """What queries see under the inner variant."""
     inner = case.fields.get("inner")
@@ -91,7 +110,7 @@ def visible(case: Case) -> torch.Tensor:
         config = BlockSparseConfig(**inner)
         return by_definition.shown(case, config, config.patterns)
     config = HilbertConfig(**inner)
-    order = GridOrder("hilbert", config.grid, 0, 4)
+    order = order_of(config, config.order, case.q_len)
     return by_definition.shown(case, config, config.resolved(), order)
 
 

@@ -362,7 +362,7 @@ def test_plans_whatever_the_default_device():
         with torch.device("meta"):
             plan = attention.plan(42)
             assert torch.equal(plan.unshard(plan.shard(x)), x)
-            assert plan.plan.walk[1].device.type == "cpu"
+            assert plan.plan.walk.cells.device.type == "cpu"
 
 
 def test_blocks_of_a_prefix_are_known_to_be_whole():

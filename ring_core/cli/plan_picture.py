@@ -4,6 +4,7 @@ the grid of its tokens, if it has one, with the way that the tokens are laid out
 from __future__ import annotations
 
 import importlib.util
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ _DRAWN = 1 << 14
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ring_core.order import Walk
     from ring_core.plan import Plan
 
 
@@ -54,23 +56,24 @@ def draw(plan: Plan, title: str, path: Path) -> None:
         _panel(figure, right, found.step, plan.world, length, "offset of the ring", "viridis")
         left.set_ylabel("query")
         if walk is not None:
-            _grid(more[0], plan, *walk, few)
+            _grid(more[0], plan, walk, few)
         figure.suptitle(f"{title}, {plan.world} ranks")
         figure.savefig(path, dpi=150)
 
 
-def _grid(axes: Any, plan: Plan, grid: tuple[int, ...], cells: Tensor, colours: str) -> None:
-    """The cells of a picture by rank, and the way through them; of a video some frames."""
+def _grid(axes: Any, plan: Plan, walk: Walk, colours: str) -> None:
+    """The cells of a picture by rank, and the way through them; of several some."""
     import torch
     from matplotlib import colormaps
 
-    rank = torch.full((cells.numel(),), -1, dtype=torch.int64)
-    prefix = plan.queries.length - len(cells)
+    rank = torch.full((plan.queries.length,), -1, dtype=torch.int64, device="cpu")
     for one in range(plan.world):
         held = plan.queries.positions(one)
-        rank[held[held >= prefix] - prefix] = one
-    height, width = grid[-2:]
-    frames = rank.double().view(-1, height, width)
+        rank[held[held >= 0]] = one
+    height, width = walk.grid[-2:]
+    frames = torch.full((prod(walk.grid),), float("nan"), dtype=torch.float64, device="cpu")
+    frames[walk.cells] = rank[walk.tokens].double()
+    frames = frames.view(-1, height, width)
     shown = range(0, len(frames), -(-len(frames) // _FRAMES))
     gap = torch.full((height, max(1, width // 16)), float("nan"), dtype=torch.float64)
     image = torch.cat([x for frame in shown for x in (gap, frames[frame])][1:], 1)
@@ -82,11 +85,16 @@ def _grid(axes: Any, plan: Plan, grid: tuple[int, ...], cells: Tensor, colours: 
         interpolation="nearest",
     )
     name = f"{height} x {width} cells by rank"
-    if len(frames) == 1 and len(cells) <= _DRAWN:
-        axes.plot(cells % width, cells // width, color="white", linewidth=0.8)
+    if len(frames) > 1:
+        name += f": {', '.join(str(frame) for frame in shown)} of {len(frames)}"
+    frame, cells = walk.cells // (height * width), walk.cells % (height * width)
+    apart = bool((frame.diff() >= 0).all())  # each is walked by itself
+    if apart and len(shown) * height * width <= _DRAWN:
+        for place, number in enumerate(shown):
+            mine = cells[frame == number]
+            left = place * (width + gap.shape[1])
+            axes.plot(left + mine % width, mine // width, color="white", linewidth=0.8)
         name += ", and the way through them"
-    elif len(frames) > 1:
-        name += f": frames {', '.join(str(frame) for frame in shown)}"
     axes.set(title=name, xticks=[], yticks=[])
 
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from itertools import pairwise
 from math import prod
 from typing import cast
 
-import torch
 from ring_attention_blocksparse.patterns import Pattern
 from ring_attention_blocksparse.planner import BlockPlan, plan_blocks
 from ring_attention_standard.planner import BranchPlan, band_of, plan_branches
-from torch import Tensor
 
 from ring_attention_hilbert.config import HilbertConfig
 from ring_attention_hilbert.everything import Everything
-from ring_attention_hilbert.orders import CURVES, Curve, FoldedOrder, GridOrder
+from ring_attention_hilbert.orders import CURVES, Curve, FoldedOrder, GridOrder, row_by_row
 from ring_core.errors import InputError
 from ring_core.layout import Layout, joined
 from ring_core.masks import Band
-from ring_core.order import Order
+from ring_core.order import Order, Walk
 from ring_core.plan import Plan
 from ring_core.sequences import Sequences
 
@@ -83,25 +82,25 @@ class HilbertPlan(BlockPlan):
         ]
 
     @property
-    def walk(self) -> tuple[tuple[int, ...], Tensor] | None:
-        if self.grid is None or not self.parts:
-            return None
-        prefix, order = self.parts[0].scene.prefix, self.queries.order
-        tokens = (
-            torch.arange(self.queries.length, device="cpu") if order is None else order.tokens()
-        )
-        return self.grid, tokens[tokens >= prefix] - prefix
+    def walk(self) -> Walk | None:
+        if self.queries.order is None and self.grid is not None and self.parts:
+            return row_by_row(self.grid, self.parts[0].scene.prefix)
+        return super().walk
 
 
 @dataclass(frozen=True)
 class ArrangedPlan(BranchPlan):
-    """Dense or dilated attention whose callers hold each rank's tokens along an order.
+    """Dense or dilated attention in an order, of which all of them need the same keys.
 
-    A curve changes nothing about who needs whose keys here, so tiles count each rank's rows as the
-    sequence has them.
+    Attributes:
+        order: along which callers hold each rank's tokens, where tiles count a rank's rows as the
+            sequence has them: a curve changes nothing about who needs whose keys.
     """
 
+    order_name: str = "row"
     order: Order | None = None
+    grid: tuple[int, ...] | None = None
+    prefix: int = 0
 
     def __hash__(self) -> int:
         return self._order_hash
@@ -117,7 +116,18 @@ class ArrangedPlan(BranchPlan):
 
     @property
     def shards(self) -> tuple[Layout, Layout]:
-        return self._arranged, self._arranged
+        return super().shards if self.order is None else (self._arranged, self._arranged)
+
+    def facts(self) -> Mapping[str, str]:
+        what = "dilated" if any(branch.rate > 1 for branch in self.branches) else "dense"
+        how = f"{what}: no order computes or fetches less than another"
+        return {"order": f"{self.order_name} ({how})", **super().facts()}
+
+    @property
+    def walk(self) -> Walk | None:
+        if self.shards[0].order is None and self.grid is not None:
+            return row_by_row(self.grid, self.prefix)
+        return super().walk
 
 
 def _check_length(config: HilbertConfig, sequences: Sequences) -> None:
@@ -211,19 +221,21 @@ def _plan_dense(config: HilbertConfig, sequences: Sequences, world: int) -> Plan
         "no patterns: dense, every query sees all that the mask lets through; order %r", name
     )
     order = order_of(config, name, sequences.q_len)
-    if order is None:
-        return plan_branches(config, sequences, world)
-    sequences.refuse("cross", why="cross-attention on a curve is not defined; give order='row'")
-    if config.segment_lengths is not None:
-        plan = plan_branches(config, sequences, world)
-        fields = {key: getattr(plan, key) for key in ("queries", "keys", "documents")}
-        return ArrangedPlan(**fields, band=plan.band, branches=plan.branches, order=order)
+    if order is not None:
+        why = "cross-attention on a curve is not defined; give order='row'"
+        sequences.refuse("cross", why=why)
     whole = range(sequences.q_len)
-    if band_of(config) == Band() and all(one.q == whole for one in sequences.documents):
-        plan = plan_branches(config, sequences, world)  # without a mask places do as well as tokens
-        layout = replace(plan.queries, order=order)
-        return replace(plan, queries=layout, keys=layout)
-    return plan_blocks(config, sequences, world, (Everything(),), order, config.prefix)
+    dilated = config.segment_lengths is not None
+    open_to_all = band_of(config) == Band() and all(one.q == whole for one in sequences.documents)
+    if order is not None and not dilated and not open_to_all:
+        return _plan_sparse(config, sequences, world, (Everything(),), name)
+    plan = plan_branches(config, sequences, world)
+    fields = {one.name: getattr(plan, one.name) for one in dataclass_fields(plan)}
+    found = ArrangedPlan(**fields, order_name=name, grid=config.grid, prefix=config.prefix)
+    if order is None or dilated:
+        return replace(found, order=order)
+    layout = replace(plan.queries, order=order)  # without a mask places do as well as tokens
+    return replace(found, queries=layout, keys=layout)
 
 
 def _plan_sparse(
