@@ -38,6 +38,18 @@ def test_show_a_variant(capsys: pytest.CaptureFixture[str]) -> None:
     assert "order: 'auto' | 'hilbert'" in shown
 
 
+def test_show_what_a_field_holds_of_several_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "blocksparse", "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)["fields"]
+    (patterns,) = [field for field in fields if field["kinds"]]
+    assert patterns["name"] == "patterns"
+    found = {one["kind"]: one["takes"] for one in patterns["kinds"]}
+    assert {"local", "sink", "topk", "blocks", "neighborhood"} < set(found)
+    assert found["random"] == ["heads", "blocks", "seed"]
+    assert main(["show", "blocksparse"]) == 0
+    assert "sink(heads, n): The first n tokens" in capsys.readouterr().out
+
+
 def test_show_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "production", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -47,6 +47,21 @@ def field_rows(schema: type[BaseModel]) -> list[FieldRow]:
     return sorted(rows, key=lambda row: row.common)
 
 
+def kinds(values: Any) -> list[dict[str, Any]]:
+    """Of a field's JSON schema what it may hold of several kinds: each with what it takes and what
+    it is."""
+    if isinstance(values, list):
+        return [found for one in values for found in kinds(one)]
+    if not isinstance(values, dict):
+        return []
+    fields = values.get("properties", {})
+    if "const" not in fields.get("kind", {}):
+        return kinds([values.get(name) for name in ("anyOf", "oneOf", "items")])
+    takes = [name for name in fields if name != "kind"]
+    about = " ".join(values.get("description", "").replace("``", "").split())
+    return [{"kind": fields["kind"]["const"], "takes": takes, "description": about}]
+
+
 def type_text(annotation: Any) -> str:
     """A type as a reader writes it, without the limits of its values."""
     origin, parts = get_origin(annotation), get_args(annotation)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.padding import Padding
 
-from ring_core.cli.fields import field_rows
+from ring_core.cli.fields import field_rows, kinds
 from ring_core.cli.output import console, print_json, table
 from ring_core.discovery import VARIANTS, PluginRow
 from ring_core.errors import UnknownVariantError
@@ -54,6 +54,7 @@ def _described(name: str) -> dict[str, Any]:
             f"{error}\nPresets: {', '.join(sorted(presets)) or 'none'}."
         ) from error
     origin = _of_plugin(rows[name]) if name in rows else {}
+    values = variant.config.model_json_schema()["properties"]
     return {
         "kind": "variant",
         "name": name,
@@ -61,7 +62,10 @@ def _described(name: str) -> dict[str, Any]:
         **origin,
         "attention": variant.attention,
         "presets": sorted(one for one, preset in presets.items() if preset.variant == name),
-        "fields": [asdict(row) for row in field_rows(variant.config)],
+        "fields": [
+            {**asdict(row), "kinds": kinds(values.get(row.name))}
+            for row in field_rows(variant.config)
+        ],
     }
 
 
@@ -103,3 +107,6 @@ def _show(found: dict[str, Any]) -> None:
         for field in found["fields"]:
             out.print(f"\n{field['name']}: {field['type']} = {field['default']}", soft_wrap=True)
             out.print(Padding(field["description"], (0, 0, 0, 4)))
+            for one in field["kinds"]:
+                named = f"{one['kind']}({', '.join(one['takes'])}): {one['description']}"
+                out.print(Padding(named, (0, 0, 0, 6)))
