@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.set_defaults(turns=21)
     options = parser.parse_args()
+    if options.turns < 2:
+        parser.error("--turns: at least 2, to say how far they differ")
     size = ModelSize(options.width, options.layers, options.heads)
     device_type = "cuda" if torch.cuda.device_count() else "cpu"
     found = {}

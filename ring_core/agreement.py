@@ -126,6 +126,7 @@ class Agreement:
         self._agreed.clear()
         with suppress(RankFailedError):  # then nobody comes to a later call either
             self._ask(lambda: self._set(call, {"refused": message}))
+            self._ask(lambda: self._store.set(self._key(call, f"late/{self._rank}"), ""))
 
     def explain(self, call: int, signature: Signature, error: Exception) -> RingError | None:
         """What to raise on this rank when ``error`` came in mid-call; None: the error itself.
@@ -161,9 +162,7 @@ class Agreement:
 
     def _end(self, call: int, error: RingError) -> RingError:
         keys = {rank: self._key(call, rank) for rank in range(self._world)}
-        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        posts = {rank: json.loads(self._store.get(key)) for rank, key in there.items()}
-        if message := _refusals(posts):
+        if message := _refusals(self._posted(keys)):
             error = DisagreementError(message)
         self._dead = self._decide(f"{self._prefix}/dead", encode(error))
         return decode(self._dead)
@@ -193,17 +192,21 @@ class Agreement:
         with suppress(RuntimeError):
             self._store.wait(late, timedelta(seconds=_SECONDS_TO_EXPLAIN))
         keys = {rank: self._key(call, rank) for rank in range(self._world)}
-        keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        posts = {rank: json.loads(self._store.get(key)) for rank, key in keys.items()}
-        if message := _difference(posts):
+        if message := _difference(self._posted(keys)):
             return encode(DisagreementError(message))
         silent = [rank for rank, key in enumerate(late) if not self._store.check([key])]
         if silent:
             error = RingTimeoutError(
                 f"{error} Nothing was heard of {_ranks(silent)} within "
-                f"{_SECONDS_TO_EXPLAIN:g} s more: dead, stopped, or still waiting for others."
+                f"{_SECONDS_TO_EXPLAIN:g} s more: dead, stopped, still waiting for others, or done "
+                "with this call."
             )
         return encode(error)
+
+    def _posted(self, keys: Mapping[int, str]) -> dict[int, Any]:
+        """What ranks have posted so far, by rank."""
+        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return {rank: json.loads(self._store.get(key)) for rank, key in there.items()}
 
     def _post(self, call: int, signature: Signature) -> None:
         fields = {"digest": signature.digest, "fields": signature.fields, "ran": self._ran}

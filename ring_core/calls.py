@@ -145,7 +145,7 @@ class Call:
     def _moving(self, plan: RankPlan, device: torch.device, choice: Any) -> Communicator | None:
         """What moves the plan's rows, or of them those that were chosen."""
         communicator = self.runtime.communicator(plan, device)
-        if communicator is None or not isinstance(choice, Selection):
+        if communicator is None or not communicator.selects or not isinstance(choice, Selection):
             return communicator
         return communicator.among(choice)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -24,6 +25,21 @@ T = TypeVar("T")
 _Key = tuple[torch.device, torch.dtype, int, bool]
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that had been moved at some moment."""
+
+    sent: int
+    received: int
+    late: Tensor | None
+
+    def bytes(self) -> tuple[int, int]:
+        """Sent and received. Where tensors chose what moves, a GPU must have come to that moment;
+        this does not wait for it."""
+        late = (0, 0) if self.late is None else self.late.tolist()
+        return self.sent + late[0], self.received + late[1]
+
+
 class Counters:
     """What a communicator did since it was made or :meth:`reset`.
 
@@ -39,17 +55,20 @@ class Counters:
         self.transfers, self.wait_seconds = 0, 0.0
         self._sent = self._received = 0
         self._late: Tensor | None = None
+        self._total: Tensor | None = None
 
     @property
     def bytes_sent(self) -> int:
         """Where tensors chose what moves, this waits for their GPU, as :attr:`bytes_received`."""
-        self._settle()
-        return self._sent
+        return self._settled()[0]
 
     @property
     def bytes_received(self) -> int:
-        self._settle()
-        return self._received
+        return self._settled()[1]
+
+    def moved(self) -> Moved:
+        """What had been moved by now; does not wait."""
+        return Moved(self._sent, self._received, self._late)
 
     def add(self, sent: int, received: int) -> None:
         """Count a transfer of so many bytes."""
@@ -58,20 +77,19 @@ class Counters:
         self._received += received
 
     def add_late(self, moved: Tensor) -> None:
-        """Count a transfer of so many bytes, int64 (sent, received): read when it is asked for. A
-        device's are added up on one stream."""
+        """Count a transfer of so many bytes, int64 (sent, received), which a GPU may still have to
+        find out. Calls of one attention come on one stream."""
         self.transfers += 1
-        self._late = moved if self._late is None else self._late + moved
+        self._total = moved if self._total is None else self._total + moved
+        self._late = self._total
+        if moved.is_cuda:
+            self._late = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._late.copy_(self._total, non_blocking=True)
 
-    def _settle(self) -> None:
-        if self._late is None:
-            return
-        if self._late.is_cuda:
-            torch.cuda.synchronize(self._late.device)
-        sent, received = self._late.tolist()
-        self._late = None
-        self._sent += sent
-        self._received += received
+    def _settled(self) -> tuple[int, int]:
+        if self._total is not None and self._total.is_cuda:
+            torch.cuda.synchronize(self._total.device)
+        return self.moved().bytes()
 
 
 class BufferPool:

@@ -37,14 +37,15 @@ def copy(target: Tensor, x: Tensor) -> None:
 def copy_chosen(target: Tensor, x: Tensor, chosen: Tensor) -> None:
     """Copy those rows of ``x`` [..., D] to ``target`` that ``chosen`` [...] names.
 
-    A GPU writes them alone: the others do not pass a link that the target lies behind.
+    The others are not touched: they do not pass a link that the target lies behind, and somebody
+    else may be writing them.
     """
     if is_fused(x.device):
         from ring_core.fused import copy_chosen_into
 
         copy_chosen_into(target, x, chosen)
     else:
-        target.copy_(torch.where(chosen[..., None], x, target))
+        target[chosen] = x[chosen]
 
 
 def shaped(window: Tensor, shape: tuple[int, ...]) -> Tensor:

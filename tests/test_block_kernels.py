@@ -290,10 +290,9 @@ def compile_for_a_gpu():
         "lse": "*fp32",
         "delta": "*fp32",
         "lists": ("*i32",) * 5,
-        "masks": (*["*i32"] * 4, "i32"),
+        "masks": ("*i32",) * 4,
         "q_pieces": ("*i64",) * 2,
         "kv_pieces": ("*i64",) * 2,
-        "layers": ("i32",) * 2,
         "scale": "fp32",
     }
     for size, block, limited in ((128, 128, True), (128, 64, False), (256, 128, False)):
@@ -311,9 +310,8 @@ def compile_for_a_gpu():
                 if name in constants:
                     signature[name], known[i,] = "constexpr", constants[name]
                 elif name.endswith("strides"):
-                    last = "i64" if name.startswith(("lse", "delta")) else "constexpr"
-                    signature[name] = ("i64", "i64", "i64", last)
-                    known |= {} if last == "i64" else {(i, 3): 1}
+                    signature[name] = ("i64", "i64", "i64", "constexpr")
+                    known[i, 3] = 1
                     attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
                 else:
                     signature[name] = "*bf16" if name in halves else types.get(name, "i32")
@@ -380,3 +378,44 @@ def test_flash_attn_4_on_a_gpu(case, dim, dtype):
     bound = 2e-2 if dtype == torch.float16 else 0.15
     sizes = {"dim": dim, "value_dim": dim}
     compare(Flash4Blocks(), *TILED[case], **sizes, dtype=dtype, bound=bound, device="cuda")
+
+
+@pytest.mark.gpu
+def test_one_compilation_serves_a_shape_class() -> None:
+    """Whatever the length, the window, the batch, the documents, the lists, and how many heads."""
+    from ring_attention_blocksparse.kernels import programs
+
+    def compiled() -> dict[str, int]:
+        names = ("forward", "query_gradients", "key_gradients", "deltas")
+        caches = {name: getattr(programs, name).device_caches for name in names}
+        return {name: len(cache[torch.cuda.current_device()][0]) for name, cache in caches.items()}
+
+    def call(pattern, length, heads=4, kv_heads=2, batch=1, documents=None) -> None:
+        fields = {"kernel": "triton_blocks", "causal": True, "block_q": 64, "block_kv": 64}
+        attention = registry.create("blocksparse", patterns=[pattern], **fields)
+        leaves = [
+            torch.randn(batch, length, n, 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
+            for n in (heads, kv_heads, kv_heads)
+        ]
+        plan = attention.plan(cu_seqlens=documents or [0, length])
+        attention(*leaves, plan=plan).sum().backward()
+
+    window, strided = {"kind": "local", "left": 100, "right": 0}, {"kind": "strided", "stride": 7}
+    for pattern in (window, strided):  # limits, and bits, which are two programs
+        call(pattern, 1024)
+        first = compiled()
+        call(pattern, 2048)
+        call(pattern, 1001)
+        call(pattern, 1024, batch=3)
+        call(pattern, 1024, heads=16, kv_heads=16)
+        call(pattern, 1024, heads=1, kv_heads=1)
+        call(pattern, 1024, documents=[0, 300, 301, 1024])
+        assert compiled() == first
+    for other in (
+        {**window, "left": 333},
+        {**strided, "stride": 3},
+        {"kind": "random", "blocks": 2},
+        {"kind": "topk", "blocks": 2},
+    ):
+        call(other, 1024)
+    assert compiled() == first

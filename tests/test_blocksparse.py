@@ -171,14 +171,14 @@ def test_one_sided_only_chosen_blocks_travel(cpu_pool: RankPool, sizes) -> None:
         {"kind": "topk", "blocks": 3, "heads": [1, 3]},
         {"kind": "sink", "n": 5, "heads": [1, 2]},
         {"kind": "local", "left": 3, "right": 9, "heads": [2]},
-    )
+    )  # and head 4 has none
     fields = small(*chosen, block_q=8, block_kv=8, layout="contiguous")
-    case = Case("blocksparse", fields, heads=8, kv_heads=4, batch=2, **sizes)
+    case = Case("blocksparse", fields, heads=10, kv_heads=5, batch=2, **sizes)
     world, blocks, seen = 4, 16, shown(case)
     found = cpu_pool.run(moved_one_sided, case, world=world)
     errors = found[0][3].errors(expected_of(case, seen))
     assert all(error < 1e-10 for error in errors.values()), errors
-    by_head = seen.view(2, 4, 2, world, -1, blocks, 8).any(2).any(3).any(4)  # [B, K, rank, block]
+    by_head = seen.view(2, 5, 2, world, -1, blocks, 8).any(2).any(3).any(4)  # [B, K, rank, block]
     a_block = 8 * (case.head_dim + case.value_dim) * 8
     pooled = 4 * case.kv_heads * case.head_dim * 8 * 2
     told = 2 * case.kv_heads * blocks
@@ -192,6 +192,18 @@ def test_one_sided_only_chosen_blocks_travel(cpu_pool: RankPool, sizes) -> None:
         assert sent == (2 * given + fetched) * a_block + beside
         assert received == (2 * fetched + given) * a_block + beside
         assert sent - beside < most
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped", "auto"])
+def test_one_sided_in_any_layout(cpu_pool: RankPool, layout: str) -> None:
+    """Blocks that several ranks hold, batch rows of other lengths, and several rounds."""
+    chosen = {"kind": "topk", "blocks": 2}, {"kind": "strided", "stride": 19, "heads": [1]}
+    fields = small(*chosen, causal=True, layout=layout)
+    case = Case("blocksparse", fields, seq_len=75, lengths=(75, 0, 31), batch=3)
+    for shards in (1.5, 3):
+        result = cpu_pool.run(run_in_rounds, case, shards, "usual", True, world=3)[0]
+        errors = result.errors(expected_of(case, shown(case)))
+        assert all(error < 1e-10 for error in errors.values()), errors
 
 
 IN_ROUNDS = (2, 1, "rounding"), (2, 3, "usual"), (3, 1.5, "rounding"), (4, 3, "rounding")

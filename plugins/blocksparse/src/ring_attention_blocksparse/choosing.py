@@ -111,7 +111,8 @@ def _read_anyway(
     index = _held(plan.queries, scene.block_q, rank, _CPU)
     read = torch.zeros(len(heads), scene.key_blocks, dtype=torch.bool, device="cpu")
     for row, head in zip(read, heads, strict=True):
-        row[active(scene, plan.of_head(head), head).of(index)[1]] = True
+        if patterns := plan.of_head(head):
+            row[active(scene, patterns, head).of(index)[1]] = True
     with torch.inference_mode(False):
         return read.to(device, copy=True)
 

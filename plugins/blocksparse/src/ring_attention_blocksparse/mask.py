@@ -17,7 +17,7 @@ from ring_attention_blocksparse.scene import Blocks, Reach, Scene, ragged
 from ring_attention_blocksparse.tables import FULL, Bits, Pairs, Pieces, Tables, pairs_of
 from ring_core.layout import Layout
 from ring_core.masks import Mask
-from ring_core.plan import Rows, Tile
+from ring_core.plan import ALL_HEADS, Rows, Tile
 from ring_core.rounds import Part
 from ring_core.tiling import Run, runs_of
 
@@ -54,10 +54,11 @@ class KnownChoice(Choice):
     def rows(self, requester: int, owner: int, part: Part) -> Tensor:
         """Which rows of a part the requester reads: bool [B, rows, heads]."""
         blocks = _blocks_at(self.keys, self.size, owner, part.rows, self.read.device)
-        heads = part.heads.indices(self.read.shape[2])
         read = self.read[requester]
-        if len(heads) < read.shape[1]:
-            read = read[:, list(heads)]
+        if part.heads != ALL_HEADS:
+            heads = part.heads.indices(read.shape[1])
+            assert heads[-1] - heads[0] == len(heads) - 1, "heads of one class are neighbours"
+            read = read[:, heads[0] : heads[-1] + 1]
         return read[:, :, blocks].transpose(1, 2)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ring_attention_distributed.config import DistributedConfig
 from ring_attention_distributed.endpoint import endpoint_at
 from ring_core.calls import AnyCall
+from ring_core.communication import Moved
 from ring_core.errors import ConfigError
 from ring_core.given import Given
 from ring_core.groups import rank_and_world
@@ -110,9 +111,8 @@ class Span:
     first: Any
     last: Any = None
     waits: list[tuple[Any, Any]] = field(default_factory=list)
-    sent: int = 0
-    received: int = 0
-    transfers: int = 0
+    moved: list[tuple[Moved, Moved]] = field(default_factory=list)
+    """Before each transfer, and after."""
     retries: int = 0
     ended: float = 0.0
     memory: int = 0
@@ -189,6 +189,7 @@ class Monitor:
                 self._log.close()
 
     def _write(self, span: Span) -> None:
+        moved = [(before.bytes(), after.bytes()) for before, after in span.moved]
         record = Record(
             time=span.ended,
             group=self.group,
@@ -198,9 +199,9 @@ class Monitor:
             direction=span.direction,
             seconds=Clock.between(span.first, span.last),
             waiting=sum(Clock.between(*wait) for wait in span.waits),
-            bytes_sent=span.sent,
-            bytes_received=span.received,
-            transfers=span.transfers,
+            bytes_sent=sum(after[0] - before[0] for before, after in moved),
+            bytes_received=sum(after[1] - before[1] for before, after in moved),
+            transfers=len(moved),
             retries=span.retries,
             memory_bytes=span.memory,
             slowdown=self.slowdown,

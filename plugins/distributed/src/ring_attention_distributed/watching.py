@@ -31,13 +31,11 @@ class Watched(WrappedCommunicator):
 
     def _counted(self, start: Callable[..., Pending], transfer: tuple[Any, ...]) -> Pending:
         span, counters = current(), self.counters
-        sent, received = counters.bytes_sent, counters.bytes_received
+        before = counters.moved()
         pending = start(*transfer)
         if span is None:
             return pending
-        span.sent += counters.bytes_sent - sent
-        span.received += counters.bytes_received - received
-        span.transfers += 1
+        span.moved.append((before, counters.moved()))
         return _Timed(pending, span)
 
 

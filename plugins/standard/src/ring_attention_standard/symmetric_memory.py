@@ -41,12 +41,13 @@ class SymmetricMemory(RingCommunicationMixin):
 
     Keys and values go straight into the block that a kernel reads; gradients into a slot for each
     peer, and their owner adds them. Around them stand barriers: everybody is done with what lies
-    there; everybody's keys have come; everybody's gradients have. No kernel runs for any of it, so
-    kernels that fill the GPU hold nothing up. Rounds take turns with two places: one round's rows
-    come while the last one's are used. Calls of all attentions of a group take turns on one stream.
+    there; everybody's keys have come; everybody's gradients have. As a rule no kernel runs for any
+    of it, so kernels that fill the GPU hold nothing up. Rounds take turns with two places: one
+    round's rows come while the last one's are used. Calls of all attentions of a group take turns
+    on one stream.
 
-    Where a call's tensors choose what is read, a kernel writes the rows that were chosen, and no
-    others, straight into the peer's memory.
+    Where a call's tensors choose what is read, it is kernels that write: the rows that were chosen
+    straight into the peer's memory, and zeros in place of the others into this rank's own.
 
     A stream that waits for a peer does so without a deadline.
 
@@ -103,6 +104,7 @@ class SymmetricMemory(RingCommunicationMixin):
                 put.start(put.source(tensors))
         sources = [put.source(tensors) for put in way.across]  # strided rows take SMs too
         chosen = way.chosen(self._selection)
+        self._count(way, chosen)
         with region.turn(device):
             region.barrier("free", self.timeout)
             for put, source in zip(way.across, sources, strict=True):
@@ -110,7 +112,6 @@ class SymmetricMemory(RingCommunicationMixin):
             way.clear(chosen)
             region.barrier("keys", self.timeout)
             mark = region.mark()
-            self._count(way, chosen)
         return _Transfer(region, mark, way.received, kept=(sources, chosen, memory.memory))
 
     def give_back(
@@ -125,6 +126,7 @@ class SymmetricMemory(RingCommunicationMixin):
         way = self._way(memory, one, like, _bytes_of_gradients, self._way_of_gradients)
         flat = [x for step in gradients for part in step for x in part]
         chosen = way.chosen(self._selection)
+        self._count(way, chosen)
         with region.turn(like[0].device):
             for put in way.across:
                 put.start(put.source(flat), chosen)
@@ -132,7 +134,6 @@ class SymmetricMemory(RingCommunicationMixin):
             turn = "odd" if one.number % 2 else "even"
             region.barrier(f"gradients of {turn} rounds", self.timeout)
             mark = region.mark()
-            self._count(way, chosen)
         return _Transfer(region, mark, way.received, kept=(gradients, chosen, memory.memory))
 
     def _way(
@@ -315,7 +316,8 @@ class _Way:
         """Zeros in place of rows that peers do not put here."""
         if chosen:
             for rows, named in self.came:
-                rows.masked_fill_(~chosen[named][..., None], 0)
+                # And nothing else: peers are writing the chosen ones.
+                copy_chosen(rows, rows.new_zeros(()).expand(rows.shape), ~chosen[named])
 
     @cached_property
     def moved(self) -> tuple[int, int]:

@@ -17,9 +17,16 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+OF_A_CALL = (
+    *("lse_batch", "lse_head", "delta_batch", "delta_head"),
+    *("guard", "pieces", "heads", "group", "layers_batch", "layers_head"),
+)
+"""Numbers for which Triton must not compile programs anew, as it else does where one is 1 or a
+multiple of 16: they come from lengths and lists, and decide no shape. In a tuple they would not be
+found."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=OF_A_CALL)  # type: ignore[untyped-decorator]
 def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     q,
     k,
@@ -30,15 +37,19 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     k_strides,
     v_strides,
     out_strides,
-    lse_strides,
+    lse_batch,
+    lse_head,
+    lse_row,
     lists,
     masks,
+    guard,
     q_pieces,
     kv_pieces,
     pieces,
     heads,
     group,
-    layers,
+    layers_batch,
+    layers_head,
     scale,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -52,6 +63,9 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     BN: tl.constexpr,
 ):
     """Out [B, S, H, DV] and lse [B, H, S] of BM rows of a piece of queries."""
+    lse_strides = lse_batch, lse_head, lse_row
+    layers = layers_batch, layers_head
+    masks = masks[0], masks[1], masks[2], masks[3], guard
     piece, first = _part(LARGEST_Q, BM)
     b, h = _row_and_head(heads)
     x, inside, rows = _rows(q_pieces, piece, first, BM)
@@ -123,7 +137,7 @@ def _meet(  # type: ignore[no-untyped-def]
     return largest, total, summed
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("rows", "heads"))  # type: ignore[untyped-decorator]
 def deltas(  # type: ignore[no-untyped-def]
     dout, out, delta, dout_strides, out_strides, rows, heads,
     DV: tl.constexpr, PDV: tl.constexpr, BM: tl.constexpr,
@@ -138,7 +152,7 @@ def deltas(  # type: ignore[no-untyped-def]
     tl.store(delta + at, tl.sum(d_out * found, 1), inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=OF_A_CALL)  # type: ignore[untyped-decorator]
 def query_gradients(  # type: ignore[no-untyped-def]
     dout,
     q,
@@ -151,17 +165,23 @@ def query_gradients(  # type: ignore[no-untyped-def]
     q_strides,
     k_strides,
     v_strides,
-    lse_strides,
-    delta_strides,
+    lse_batch,
+    lse_head,
+    lse_row,
+    delta_batch,
+    delta_head,
+    delta_row,
     dq_strides,
     lists,
     masks,
+    guard,
     q_pieces,
     kv_pieces,
     pieces,
     heads,
     group,
-    layers,
+    layers_batch,
+    layers_head,
     scale,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -175,6 +195,10 @@ def query_gradients(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
 ):
     """dq [B, S, H, D] of BM rows of a piece of queries."""
+    lse_strides = lse_batch, lse_head, lse_row
+    delta_strides = delta_batch, delta_head, delta_row
+    layers = layers_batch, layers_head
+    masks = masks[0], masks[1], masks[2], masks[3], guard
     piece, first = _part(LARGEST_Q, BM)
     b, h = _row_and_head(heads)
     x, inside, rows = _rows(q_pieces, piece, first, BM)
@@ -238,7 +262,7 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     return summed
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=OF_A_CALL)  # type: ignore[untyped-decorator]
 def key_gradients(  # type: ignore[no-untyped-def]
     dout,
     q,
@@ -252,18 +276,24 @@ def key_gradients(  # type: ignore[no-untyped-def]
     q_strides,
     k_strides,
     v_strides,
-    lse_strides,
-    delta_strides,
+    lse_batch,
+    lse_head,
+    lse_row,
+    delta_batch,
+    delta_head,
+    delta_row,
     dk_strides,
     dv_strides,
     lists,
     masks,
+    guard,
     q_pieces,
     kv_pieces,
     pieces,
     heads,
     group,
-    layers,
+    layers_batch,
+    layers_head,
     scale,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -277,6 +307,10 @@ def key_gradients(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
 ):
     """dk [B, S, K, D] and dv [B, S, K, DV] of BN rows of a piece of keys, for KV ``heads``."""
+    lse_strides = lse_batch, lse_head, lse_row
+    delta_strides = delta_batch, delta_head, delta_row
+    layers = layers_batch, layers_head
+    masks = masks[0], masks[1], masks[2], masks[3], guard
     piece, first = _part(LARGEST_KV, BN)
     b, h = _row_and_head(heads)
     y, there, rows = _rows(kv_pieces, piece, first, BN)

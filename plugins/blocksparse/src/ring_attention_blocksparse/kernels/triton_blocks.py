@@ -80,12 +80,13 @@ class TritonBlocks:
                 v,
                 out,
                 lse,
-                *(x.stride() for x in (q, k, v, out, lse)),
+                *(x.stride() for x in (q, k, v, out)),
+                *lse.stride(),
                 *_tables(tables, tables.by_query),
                 len(tables.q),
                 q.shape[2],
                 q.shape[2] // k.shape[2],
-                _layers(tables),
+                *_layers(tables),
                 scale,
                 **sizes.constants,
                 **sizes.options,
@@ -145,12 +146,15 @@ class TritonBlocks:
             programs.query_gradients[by.grid(tables.q, by.rows_q, q.shape[0] * q.shape[2])](
                 *inputs,
                 dq,
-                *(x.stride() for x in (*inputs, dq)),
+                *(x.stride() for x in (dout, q, k, v)),
+                *lse.stride(),
+                *delta.stride(),
+                dq.stride(),
                 *_tables(tables, tables.by_query),
                 len(tables.q),
                 q.shape[2],
                 q.shape[2] // k.shape[2],
-                _layers(tables),
+                *_layers(tables),
                 scale,
                 **by.constants,
                 **by.options,
@@ -178,12 +182,16 @@ class TritonBlocks:
                 *inputs,
                 dk,
                 dv,
-                *(x.stride() for x in (*inputs, dk, dv)),
+                *(x.stride() for x in (dout, q, k, v)),
+                *lse.stride(),
+                *delta.stride(),
+                dk.stride(),
+                dv.stride(),
                 *_tables(tables, tables.by_key),
                 len(tables.kv),
                 k.shape[2],
                 q.shape[2] // k.shape[2],
-                _layers(tables),
+                *_layers(tables),
                 scale,
                 **by.constants,
                 **by.options,
@@ -293,9 +301,10 @@ class _AllSizes(NamedTuple):
 def _tables(tables: Tables, lists: Lists) -> tuple[Any, ...]:
     bits = tables.bits if len(tables.bits) else tables.bits.new_zeros(1)
     packed = tables.limits.packed
-    masks = bits, *((bits, bits, bits, 0) if packed is None else packed[:4])
+    *limits, guard = (bits, bits, bits, 0) if packed is None else packed[:4]
     pieces = ((x.row, x.size) for x in (tables.q, tables.kv))
-    return (lists.start, lists.plain, lists.other, lists.mask, lists.row), masks, *pieces
+    found = lists.start, lists.plain, lists.other, lists.mask, lists.row
+    return found, (bits, *limits), guard, *pieces
 
 
 def _layers(tables: Tables) -> tuple[int, int]:
