@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-OF_A_CALL = (
-    *("lse_batch", "lse_head", "delta_batch", "delta_head"),
-    *("guard", "pieces", "heads", "group", "layers_batch", "layers_head"),
-)
+OF_A_CALL = ("guard", "pieces", "heads", "layers_batch", "layers_head")
 """Numbers for which Triton must not compile programs anew, as it else does where one is 1 or a
-multiple of 16: they come from lengths and lists, and decide no shape. In a tuple they would not be
-found."""
+multiple of 16: they come from lists, and decide no shape. In a tuple they would not be found. That
+a group is of one head is worth knowing: without it forward and backward took 10% longer
+(benchmarks/tries.md)."""
 
 
 @triton.jit(do_not_specialize=OF_A_CALL)  # type: ignore[untyped-decorator]
@@ -37,9 +35,7 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     k_strides,
     v_strides,
     out_strides,
-    lse_batch,
-    lse_head,
-    lse_row,
+    lse_strides,
     lists,
     masks,
     guard,
@@ -63,7 +59,6 @@ def forward(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     BN: tl.constexpr,
 ):
     """Out [B, S, H, DV] and lse [B, H, S] of BM rows of a piece of queries."""
-    lse_strides = lse_batch, lse_head, lse_row
     layers = layers_batch, layers_head
     masks = masks[0], masks[1], masks[2], masks[3], guard
     piece, first = _part(LARGEST_Q, BM)
@@ -165,12 +160,8 @@ def query_gradients(  # type: ignore[no-untyped-def]
     q_strides,
     k_strides,
     v_strides,
-    lse_batch,
-    lse_head,
-    lse_row,
-    delta_batch,
-    delta_head,
-    delta_row,
+    lse_strides,
+    delta_strides,
     dq_strides,
     lists,
     masks,
@@ -195,8 +186,6 @@ def query_gradients(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
 ):
     """dq [B, S, H, D] of BM rows of a piece of queries."""
-    lse_strides = lse_batch, lse_head, lse_row
-    delta_strides = delta_batch, delta_head, delta_row
     layers = layers_batch, layers_head
     masks = masks[0], masks[1], masks[2], masks[3], guard
     piece, first = _part(LARGEST_Q, BM)
@@ -276,12 +265,8 @@ def key_gradients(  # type: ignore[no-untyped-def]
     q_strides,
     k_strides,
     v_strides,
-    lse_batch,
-    lse_head,
-    lse_row,
-    delta_batch,
-    delta_head,
-    delta_row,
+    lse_strides,
+    delta_strides,
     dk_strides,
     dv_strides,
     lists,
@@ -307,8 +292,6 @@ def key_gradients(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
 ):
     """dk [B, S, K, D] and dv [B, S, K, DV] of BN rows of a piece of keys, for KV ``heads``."""
-    lse_strides = lse_batch, lse_head, lse_row
-    delta_strides = delta_batch, delta_head, delta_row
     layers = layers_batch, layers_head
     masks = masks[0], masks[1], masks[2], masks[3], guard
     piece, first = _part(LARGEST_KV, BN)
