@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ring_core import groups
 from ring_core.agreement import agreement_of
 from ring_core.calls import AnyCall, Call
+from ring_core.compiling import untraced
 from ring_core.config import RingAttentionConfig
 from ring_core.errors import ConfigError, InputError
 from ring_core.exchange import Exchange
@@ -136,7 +137,7 @@ class BaseRingAttention(nn.Module):
 
     # What users call
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def plan(
         self,
         seq_len: int | None = None,

@@ -9,6 +9,7 @@ would be a constant of the graph, and each layer of a model would be compiled fo
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ring_core.compiling import untraced
 from ring_core.errors import DifferentiationError, InputError
 from ring_core.given import Given
 from ring_core.softmax import accumulation_dtype
@@ -56,12 +58,6 @@ def attend(
     return out, lse
 
 
-@torch.library.custom_op(
-    "ring_attention::attend",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor attention, SymInt plan, bool training, "
-    "bool[] wants) -> (Tensor, Tensor, Tensor)",
-)
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -78,8 +74,7 @@ def _attend(
     return out.contiguous(), lse.contiguous(), torch.tensor([call.number, call.seed])
 
 
-@_attend.register_fake
-def _(
+def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, attention: Tensor, plan: int, training: bool, wants: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
@@ -90,13 +85,6 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "ring_attention::attend_backward",
-    mutates_args=(),
-    schema="(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor call, Tensor attention, SymInt plan, bool training, bool[] wants) "
-    "-> (Tensor, Tensor, Tensor)",
-)
 def _attend_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -122,8 +110,7 @@ def _attend_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_attend_backward.register_fake
-def _(
+def _attend_backward_fake(
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -160,9 +147,41 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
     )
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
-_attend_backward.register_autograd(_refuse)
+_library: Any = torch.library.Library("ring_attention", "FRAGMENT")  # type: ignore[no-untyped-call]
 
+
+def _define(
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+) -> None:
+    """An operator, as torch.library.custom_op makes it; that imports the compiler at the first
+    call, whether or not anybody compiles."""
+    name = "ring_attention::" + schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "default", untraced(function), lib=_library)
+    torch.library.register_fake(name, fake, lib=_library)
+    torch.library.register_autograd(name, backward, setup_context=keep, lib=_library)
+
+
+_define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor attention, SymInt plan, bool training, "
+    "bool[] wants) -> (Tensor, Tensor, Tensor)",
+    _attend,
+    _attend_fake,
+    _differentiate,
+    _keep,
+)
+_define(
+    "attend_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor call, Tensor attention, SymInt plan, bool training, bool[] wants) "
+    "-> (Tensor, Tensor, Tensor)",
+    _attend_backward,
+    _attend_backward_fake,
+    _refuse,
+)
 
 # A rank whose output nobody uses must make the call all the same: its peers do.
 torch.fx.node.has_side_effect(torch.ops.ring_attention.attend.default)

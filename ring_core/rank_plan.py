@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ring_core import groups
 from ring_core.agreement import Signature, agreement_of
+from ring_core.compiling import untraced
 from ring_core.errors import InputError
 from ring_core.layout import Layout
 from ring_core.masks import Mask
@@ -130,7 +131,7 @@ class RankPlan:
         """The kinds of mask that the plan's tiles have, on any rank."""
         return self.plan.masks
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def shard(self, x: Tensor, dim: int = 1, kv: bool = False, fill: float = 0) -> Tensor:
         """This rank's rows of the whole tensor ``x``, which every rank holds alike.
 
@@ -148,7 +149,7 @@ class RankPlan:
         sharded: Tensor = _Shard.apply(x, dim % x.ndim, self, kv, fill)  # type: ignore[no-untyped-call]
         return sharded
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def unshard(self, x: Tensor, dim: int = 1, kv: bool = False) -> Tensor:
         """The whole tensor in its original order from every rank's shard ``x``; padding is dropped.
 

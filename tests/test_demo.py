@@ -50,7 +50,7 @@ def quick(started: tuple[Any, Path]) -> tuple[str, str, Path]:
 
 def test_ctrl_c_ends_every_process_quietly(started: tuple[Any, Path], tmp_path: Path) -> None:
     running = subprocess.Popen(
-        [*COMMAND, "--steps", "9999", "--context", "128", "--output", str(tmp_path)],
+        [*COMMAND, *QUICK, "--steps", "9999", "--context", "128", "--output", str(tmp_path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,7 @@ from ring_core import registry
 from ring_core.cli import main
 from ring_core.errors import InputError
 from ring_core.prediction.memory import Sizes
-from ring_core.prediction.rates import Curve, Link, Rates, read, shipped
+from ring_core.prediction.rates import Curve, Link, Rates, planned, read, shipped
 from ring_core.prediction.timeline import Prediction, Where, some_ranks
 from ring_core.sequences import Sequences
 
@@ -51,6 +51,20 @@ RATES = Rates(
     link=Link(communicator="p2p", shards=1, start=0.0, bytes_per_second=1e9, hidden=1.0),
     curves=(curve("full", LINE), curve("triangle", LINE)),
 )
+
+
+def test_what_plans_are_weighed_by():
+    """A key and its value of 64 numbers are 256 bytes in 16 bits: 256 ns, and as many products as
+    come to 1000 pairs; a row is copied at 1e18 bytes a second, read and written."""
+    assert RATES.pairs_a_key == pytest.approx(1000)
+    assert RATES.packing == pytest.approx(2e-9)
+    assert planned() == read("h200")
+
+
+def test_rates_of_one_process_know_no_link():
+    alone = RATES.model_copy(update={"link": None})
+    with pytest.raises(InputError, match="rates of made up know no link: one process"):
+        print(alone.packing)
 
 
 def predicted(

@@ -69,7 +69,9 @@ gradients = torch.autograd.grad(out, shards, plan.shard(dout))
 whole = [plan.unshard(x.detach()) for x in (out, *gradients)]
 heads, size = k.shape[2], (k.shape[3] + v.shape[3]) * k.shape[0] * k.itemsize
 elements = [count(plan.plan, rank, heads) for count in (elements_fetched, elements_sent)]
-torch.save([rows, loaded, whole, [size * n for n in elements]], folder / f"{{rank}}.pt")
+compiler = "torch._dynamo" in sys.modules
+found = [rows, [loaded, compiler], whole, [size * n for n in elements]]
+torch.save(found, folder / f"{{rank}}.pt")
 dist.destroy_process_group()
 """
 
@@ -194,12 +196,18 @@ def test_the_wheels_are_found_and_no_torch_is_imported(environment: Environment)
 
 def test_a_broken_plugin_stops_no_other_one(jobs: Jobs) -> None:
     for rank in range(2):
-        rows, torch_there, *_ = jobs.ranks.found(rank)
-        assert not torch_there
+        rows, *_ = jobs.ranks.found(rank)
         status, error = rows.pop("broken")
         assert status == "failed"
         assert "no_such_module" in error
         assert rows == {name: ["loaded", ""] for name in ("prefix_lm", "standard", "tracing")}
+
+
+def test_a_process_loads_what_it_uses(jobs: Jobs) -> None:
+    """No torch before there is an attention, and no compiler after one that nobody compiled."""
+    for rank in range(2):
+        _, loaded, *_ = jobs.ranks.found(rank)
+        assert loaded == [False, False]
 
 
 def test_two_ranks_compute_what_the_definition_says(jobs: Jobs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from math import log
@@ -124,6 +125,27 @@ class Rates(_Measured):
             update[name] = mine if any(mine) else theirs
         return self.model_copy(update=update)
 
+    @property
+    def packing(self) -> float:
+        """Seconds to read and write a row once, so that it travels beside others that lie apart
+        from it, over the seconds that it travels."""
+        return 2 * self._link.bytes_per_second / self.memory
+
+    @property
+    def pairs_a_key(self) -> float:
+        """Pairs of a query and a key that the fastest kernel computes while one key and its value
+        travel, in 16 bits."""
+        fastest = max(self.curves, key=lambda curve: curve.forward[-1][0] / curve.forward[-1][1])
+        operations, seconds = fastest.forward[-1]
+        pairs = operations / (4 * fastest.head_dim) / seconds
+        return pairs * (2 * fastest.head_dim * 2) / self._link.bytes_per_second
+
+    @property
+    def _link(self) -> Link:
+        if self.link is None:
+            raise InputError(f"these rates of {self.device} know no link: one process was measured")
+        return self.link
+
     def save(self, path: Path) -> None:
         """Write a file that :func:`read` reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +174,12 @@ def shipped() -> list[str]:
     """Names of the rates that come with the core."""
     folder = files(__package__)
     return sorted(Path(one.name).stem for one in folder.iterdir() if one.name.endswith(".json"))
+
+
+@cache
+def planned() -> Rates:
+    """What plans are weighed by: rates that come with the core, so that all ranks weigh alike."""
+    return read("h200")
 
 
 def read(name: str) -> Rates:

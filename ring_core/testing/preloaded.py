@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
+import torch._dynamo  # noqa: F401 - or each rank does, at an optimizer's first step
+
 from ring_core import registry
 
 for name in registry.names():

@@ -13,15 +13,12 @@ from torch import Tensor
 from ring_attention_blocksparse.scene import Scene
 from ring_core.layout import joined
 from ring_core.plan import Rows, Segments
+from ring_core.prediction.rates import planned
 from ring_core.tiling import Run, runs_of
 
 if TYPE_CHECKING:
     from ring_attention_blocksparse.planner import BlockPlan
 
-_PACKED = 1.25
-"""Rows in several runs are copied together before they travel, which takes about a quarter of the
-time that the link does: not worth it where all rows between them are fewer than so many times
-those needed."""
 _APART = 4
 """Queries between which more than one in so many of the shard's rows need nothing are two tiles."""
 
@@ -97,7 +94,9 @@ def needed_rows(
         return None
     first, last = runs[0].row, runs[-1].row + len(runs[-1].tokens)
     rows = sum(len(run.tokens) for run in runs)
-    if rank == owner or last - first <= _PACKED * rows:
+    between = last - first - rows
+    # Copied together, which takes time too, or with what lies between them.
+    if rank == owner or between <= planned().packing * rows:
         kv = Rows(first, last - first)
         return kv, tuple(Run(run.row - first, run.tokens) for run in runs)
     kv = Segments.of(joined([range(run.row, run.row + len(run.tokens)) for run in runs]))

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, product
 
 import torch
-from ring_attention_standard.planner import A_KEY, band_of
+from ring_attention_standard.planner import band_of
 from torch import Tensor
 
 from ring_attention_blocksparse.asked import blocks_of, clusters, inside, needed_rows
@@ -25,6 +25,7 @@ from ring_core.layout import EVEN, LAYOUTS, Layout, balanced, contiguous, imbala
 from ring_core.masks import Mask
 from ring_core.order import Order
 from ring_core.plan import ALL_HEADS, Heads, Plan, Rows, Tile
+from ring_core.prediction.rates import planned
 from ring_core.sequences import Sequences
 from ring_core.tiling import Run, runs_of
 
@@ -118,7 +119,7 @@ class BlockPlan(Plan):
         for one batch row."""
         area = max((one.scene.block_q * one.scene.block_kv for one in self.parts), default=1)
         busiest = max(float(self.work(rank)) for rank in range(self.world))
-        return busiest * area + self.fetched() * A_KEY
+        return busiest * area + self.fetched() * planned().pairs_a_key
 
     def facts(self) -> Mapping[str, str]:
         at_most = "at most " if self.chooses else ""

@@ -23,14 +23,10 @@ from ring_core.layout import (
 )
 from ring_core.masks import Band, Mask
 from ring_core.plan import Heads, Plan, Tile
+from ring_core.prediction.rates import planned
 from ring_core.rounds import elements_fetched
 from ring_core.sequences import Sequences
 from ring_core.tiling import Document, Run, common, join_phases, merge_tiles, runs_of
-
-A_KEY = 2048
-"""Fetching a key and value costs a rank as much as computing so many pairs of a query and a key:
-four operations a pair and number at 400 TF/s, four bytes a key and number at 350 GB/s, gives 1143;
-and what travels is not always hidden."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ def _layout(
         fetched = max(elements_fetched(plan, rank, 1) for rank in some) * sequences.batch
         whole = math.lcm(*(branch.rate**2 for branch in branches))
         busiest = max(sum(map(work, runs)) for runs in layout.rows) / whole
-        return busiest + fetched * A_KEY
+        return busiest + fetched * planned().pairs_a_key
 
     return dealt() if name == "zigzag" else layout_for(name, length, world, work, uneven)
 
