@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ring_core import copying
 from ring_core.plan import ALL_HEADS, Heads, Rows, Segments
-from ring_core.rows import add_segments, grouped, select
+from ring_core.rows import add_segments, grouped, put, select, window
 from ring_core.softmax import accumulation_dtype, merge_
 
 _SOURCES = 4
@@ -80,19 +80,18 @@ class Sum:
             self.settle()  # or what waits and the state would both be held
             if self._state is None:
                 self._state = torch.zeros(self._shape, dtype=self._wide, device=self._device)
-            if isinstance(place.rows, Segments):  # gradients of what a peer fetched
-                add_segments(self._state, place.rows, place.heads, x)
+            state = grouped(self._state, self._kv_heads)
+            if isinstance(place.rows, Segments):
+                add_segments(state, place.rows, place.heads, place.batch, x)
                 return
-            window = select(
-                grouped(self._state, self._kv_heads), place.rows, place.heads, place.batch
-            )
-            x = x.reshape(window.shape)
+            target = select(state, place.rows, place.heads, place.batch)
+            x = x.reshape(target.shape)
             if copying.pays(x):
                 from ring_core.fused import sum_into
 
-                sum_into(window, [window, x])
+                sum_into(target, [target, x])
             else:
-                window.add_(x)
+                target.add_(x)
 
     def settle(self) -> None:
         """Put together what waits: nothing that was added is read any more."""
@@ -187,8 +186,8 @@ class Merge:
         if self._state is None:
             self._state = self._empty()
         state_out, state_lse = (grouped(x, self._kv_heads) for x in _beside(*self._state))
-        target = select(state_out, place.rows, place.heads, place.batch)
-        target_lse = select(state_lse, place.rows, place.heads, place.batch)
+        where = place.rows, place.heads, place.batch
+        target, target_lse = window(state_out, *where), window(state_lse, *where)
         out, lse = (_like(x, target) for x in _beside(out, lse))
         if copying.is_fused(out.device):
             from ring_core.fused import merge_into
@@ -197,6 +196,9 @@ class Merge:
             merge_into(target, target_lse.squeeze(-1), *pair)
         else:
             merge_(target, target_lse, out, lse)
+        if isinstance(place.rows, Segments):
+            put(state_out, place.rows, place.heads, place.batch, target)
+            put(state_lse, place.rows, place.heads, place.batch, target_lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Out in q's dtype and lse in the accumulation dtype; 0 and -inf where no key was seen."""

@@ -25,7 +25,7 @@ from ring_core.plan import ALL_HEADS, Tile
 from ring_core.program import Program
 from ring_core.protocols import Communicator, Pending
 from ring_core.rounds import Round
-from ring_core.rows import grouped, select
+from ring_core.rows import grouped, window
 from ring_core.softmax import gradient_dtype
 
 
@@ -324,16 +324,16 @@ class _At:
         run = self.queries.run
         if run is not None:
             return _apart(x[:, run.start : run.stop], self.tile.q.repeat)
-        window = _window(grouped(x, self._kv_heads), self.queries)
-        return shaped(window, (-1, self.tile.q.count, prod(window.shape[3:6]), x.shape[-1]))
+        found = _window(grouped(x, self._kv_heads), self.queries)
+        return shaped(found, (-1, self.tile.q.count, prod(found.shape[3:6]), x.shape[-1]))
 
     def kv(self, x: Tensor) -> Tensor:
         """The tile's key rows as a kernel takes them: [b*repeat, count, k, D]."""
         run = self.keys.run
         if run is not None:
             return _apart(x[:, run.start : run.stop], self.tile.kv.repeat)
-        window = _window(x, self.keys)
-        return shaped(window, (-1, self.tile.kv.count, prod(window.shape[3:5]), x.shape[-1]))
+        found = _window(x, self.keys)
+        return shaped(found, (-1, self.tile.kv.count, prod(found.shape[3:5]), x.shape[-1]))
 
 
 def _apart(x: Tensor, repeat: int) -> Tensor:
@@ -342,7 +342,7 @@ def _apart(x: Tensor, repeat: int) -> Tensor:
 
 
 def _window(x: Tensor, place: Place) -> Tensor:
-    return select(x, place.rows, place.heads, place.batch)
+    return window(x, place.rows, place.heads, place.batch)
 
 
 def _dropout(

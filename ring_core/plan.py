@@ -94,17 +94,20 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Segments(Rows):
-    """``count`` rows of a peer's shard in several ``runs``, ascending: what is fetched where it is
-    no lattice. Where they have arrived they are neighbours, and plain :class:`Rows`.
+    """``count`` rows in several ``runs``, ascending, that are no lattice.
+
+    In a plan those of a peer, that are fetched: where they have arrived they are neighbours, and
+    plain :class:`Rows`. A kernel that joins tiles may have any gathered for one call.
     """
 
     runs: tuple[range, ...] = ()
 
     @staticmethod
     def of(runs: Sequence[range]) -> Rows:
-        """Rows of ascending runs with gaps between them; of one run the plain ones."""
-        first, count = runs[0].start, sum(map(len, runs))
-        return Rows(first, count) if len(runs) == 1 else Segments(first, count, runs=tuple(runs))
+        """Rows of ascending runs; of one run the plain ones."""
+        if len(runs) == 1:
+            return Rows(runs[0].start, len(runs[0]), runs[0].step)
+        return Segments(runs[0].start, sum(map(len, runs)), runs=tuple(runs))
 
     @property
     def span(self) -> None:

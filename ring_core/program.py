@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ring_core.masks import Diagonal
-from ring_core.plan import ForHeads, HeldHeads, Plan, Tile
+from ring_core.plan import ForHeads, HeldHeads, Plan, Segments, Tile
 from ring_core.protocols import AttentionKernel
 from ring_core.rounds import Part, Round, check, rounds
 
@@ -117,6 +117,8 @@ def read_once(tiles: Sequence[Tile], parts: Sequence[Part]) -> bool:
 
 def _keys(tile: Tile) -> list[range]:
     """The runs of its block that a tile reads."""
+    if isinstance(tile.kv, Segments):
+        return list(tile.kv.runs)
     start = tile.kv.start
     if isinstance(tile.mask, Diagonal):
         return [range(start + kv.start, start + kv.stop) for _, kv, _ in tile.mask.pieces]

@@ -40,21 +40,30 @@ def select(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None 
     return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), start)
 
 
-def take(x: Tensor, rows: Segments, heads: Heads = ALL_HEADS) -> Tensor:
-    """A copy [B, rows, heads, D] of some rows and heads of ``x`` [B, S, K, D]."""
-    return _of_heads(x, heads).index_select(1, index(rows, x.device)).flatten(2, 3)
+def window(x: Tensor, rows: Rows, heads: Heads = ALL_HEADS, batch: range | None = None) -> Tensor:
+    """What :func:`select` gives; of :class:`Segments` a copy, which :func:`put` writes back."""
+    if isinstance(rows, Segments):
+        return _of_heads(x, heads, batch).index_select(1, index(rows, x.device)).unsqueeze(1)
+    return select(x, rows, heads, batch)
 
 
-def add_segments(x: Tensor, rows: Segments, heads: Heads, added: Tensor) -> None:
-    """Add ``added`` [B, rows, heads, D] to the rows and heads of ``x`` [B, S, K, D]."""
-    window = _of_heads(x, heads)
-    added = added.view(*added.shape[:2], *window.shape[2:])
-    window.index_add_(1, index(rows, x.device), added.to(x.dtype))
+def put(x: Tensor, rows: Segments, heads: Heads, batch: range | None, found: Tensor) -> None:
+    """Write a :func:`window` back."""
+    _of_heads(x, heads, batch).index_copy_(1, index(rows, x.device), found.squeeze(1))
 
 
-def _of_heads(x: Tensor, heads: Heads) -> Tensor:
-    """View [B, S, k/phases, phases, D] of some heads of ``x`` [B, S, K, D]."""
-    return select(x, Rows(0, x.shape[1]), heads)[:, 0]
+def add_segments(
+    x: Tensor, rows: Segments, heads: Heads, batch: range | None, added: Tensor
+) -> None:
+    """Add ``added`` [b, rows, H, D] to some rows and heads of ``x`` [B, S, K, ..., D]."""
+    there = _of_heads(x, heads, batch)
+    added = added.reshape(*added.shape[:2], *there.shape[2:])
+    there.index_add_(1, index(rows, x.device), added.to(x.dtype))
+
+
+def _of_heads(x: Tensor, heads: Heads, batch: range | None = None) -> Tensor:
+    """View [b, S, k/phases, phases, ...] of some heads of ``x`` [B, S, K, ...]."""
+    return select(x, Rows(0, x.shape[1]), heads, batch)[:, 0]
 
 
 @lru_cache(maxsize=1024)
@@ -107,10 +116,7 @@ def _views(flat: Tensor, sizes: Sequence[tuple[int, Heads]], x: Tensor) -> list[
 def pack(parts: Sequence[Part], x: Tensor, flat: Tensor) -> None:
     """Copy ``parts`` of the shard ``x`` into ``flat``."""
     for view, part in zip(part_views(flat, parts, x), parts, strict=True):
-        if isinstance(part.rows, Segments):
-            view.copy_(take(x, part.rows, part.heads))
-            continue
-        chosen = select(x, part.rows, part.heads)
+        chosen = window(x, part.rows, part.heads)
         view.view(chosen.shape).copy_(chosen)
 
 

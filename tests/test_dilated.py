@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+import random
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from ring_attention_standard.planner import plan_branches
 
+from in_rounds import Joining, run_in_rounds
 from ring_core import BaseRingAttention, reference, registry
 from ring_core.errors import ConfigError, InputError
+from ring_core.program import Program
 from ring_core.rounds import elements_fetched, elements_sent, rounds
+from ring_core.sequences import Sequences
 from ring_core.testing import Case, Conformance, RankPool, Worker
-from ring_core.testing.case import run_case
+from ring_core.testing.case import expected_of, run_case, visible_of
 from ring_core.testing.tasks import build
 
 
@@ -223,6 +228,32 @@ def test_thousands_of_segments_are_a_few_tiles():
         (own,) = rounds(plan, rank, 3)
         assert [len(tile.q) for tile in own.tiles] == [(16 << 20) // rate for rate in rates]
         assert [tile.heads.phases for tile in own.tiles] == rates
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("fields", [{"causal": True}, {"window": (2, 3), "layout": "contiguous"}])
+def test_short_documents_in_a_few_calls(cpu_pool: RankPool, fields: Any, world: int) -> None:
+    """What segments of many documents keep, gathered for one call for each branch and phase."""
+    branches = {"segment_lengths": (8, 16, 64), "dilation_rates": (1, 2, 3), **fields}
+    ends = (0, 1, 6, 19, 20, 27, 33, 47, 52, 58, 59, 70)
+    for sizes in ({"kv_heads": 4}, {"kv_heads": 1, "batch": 2, "value_dim": 12}):
+        case = Case(fields=branches, cu_seqlens=ends, **{"heads": 4, **sizes})
+        shards = 1 if case.batch == 1 else 3
+        result = cpu_pool.run(run_in_rounds, case, shards, "joining", world=world)[0]
+        errors = result.errors(expected_of(case, visible_of(case)))
+        assert all(error < 1e-10 for error in errors.values()), (sizes, errors)
+
+
+def test_a_thousand_documents_are_a_few_calls() -> None:
+    attention = registry.create(
+        "standard", causal=True, segment_lengths=(64, 256), dilation_rates=(1, 4)
+    )
+    draw = random.Random(0)
+    ends = [0, *accumulate(draw.randint(1, 60) for _ in range(1000))]
+    plan = attention.make_plan(Sequences.build(cu_seqlens=ends), 1)
+    (one,) = Program.build(plan, 0, Joining(), kv_heads=8).rounds
+    assert len(plan.tiles(0, 0)) > 1000
+    assert len(one.tiles) == 1 + 4
 
 
 def test_segments_across_ranks_are_a_tile_for_each_owner():

@@ -22,7 +22,7 @@ from ring_core import reference, registry
 from ring_core.dropout import Dropout
 from ring_core.errors import ConfigError, InputError, KernelError
 from ring_core.masks import CAUSAL, FULL, Band, Diagonal, trim
-from ring_core.plan import Rows, Tile
+from ring_core.plan import Heads, Rows, Tile
 from ring_core.softmax import RingAttentionState
 
 bounds = st.one_of(st.none(), st.integers(-700, 700))
@@ -121,6 +121,49 @@ def test_joined_tiles_are_the_tiles(sizes, one_kind):
             assert ends.some_see_nothing == (sum(len(q) for q, _ in both) < tile.q.count)
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 30), st.integers(0, 3), st.integers(0, 14), st.integers(1, 3), bounds
+        ),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_joined_tiles_of_strided_rows_are_the_tiles(sizes, fetched):
+    """Of some heads or, with slanted rows, of all: each pair of each head as often as before."""
+    tiles = []
+    for start, phase, count, rate, lo in sizes:
+        tile = _tile(count, count, lo, 0)
+        if tile is None:
+            continue
+        heads = Heads(0, rate, rate) if phase >= rate else Heads(phase, rate)
+        slant = int(heads.phases > 1)
+        q, kv = (
+            Rows(start + rate * rows.start, rows.count, rate, slant=slant)
+            for rows in (tile.q, tile.kv)
+        )
+        if fetched:  # what arrives are neighbours, for all phases the same
+            kv = Rows(start + tile.kv.start, tile.kv.count)
+        tiles.append(Tile(q, kv, tile.mask, heads))
+    found = joined(tiles, lambda nq, nk, band: "all")
+    assert len(found) <= len(tiles)
+    assert torch.equal(_times_by_head(found), _times_by_head(tiles))
+
+
+def _times_by_head(tiles, heads=6):
+    times = torch.zeros(heads, 80, 80, dtype=torch.int32)
+    for tile in tiles:
+        seen = tile.mask.visible(range(tile.q.count), tile.kv.count).int()
+        for number, head in enumerate(tile.heads.indices(heads)):
+            phase = number % tile.heads.phases
+            q, kv = (
+                torch.tensor(rows.indices()) + phase * rows.slant for rows in (tile.q, tile.kv)
+            )
+            times[head].index_put_((q[:, None], kv[None]), seen, accumulate=True)
+    return times
+
+
 def _times(tiles):
     times = torch.zeros(80, 80, dtype=torch.int32)
     for tile in tiles:
@@ -150,8 +193,18 @@ def test_several_tiles_in_one_call(kernel, device, name):
     # Fewer batch rows than pieces, and more, which is all one to kernels that join nothing.
     for batch in (2, 4) if device == "cuda" else (1,):
         _compare_tiles(kernel, device, tiles, 64, 64, batch)
-    if kernel.name in ("flash", "flash4") and name in ("gaps", "rectangles"):
+    if kernel.name in ("flash", "flash4", "cudnn") and name in ("gaps", "rectangles"):
         assert len(kernel.lower(tiles)) == 1
+
+
+def test_cudnn_leaves_short_documents_to_flash():
+    """Many a call, where that saves calls; the long ones, and one alone, it computes itself."""
+    ends = [0, *range(5000, 5000 + 40 * 130, 130)]
+    tiles = [Tile(Rows(a, b - a), Rows(a, b - a), CAUSAL) for a, b in pairwise(ends)]
+    long, short = Cudnn().lower(tiles)
+    assert long == tiles[0]
+    assert [len(q) for q, _, _ in short.mask.pieces] == 39 * [130]
+    assert list(Cudnn().lower(tiles[:2])) == tiles[:2]
 
 
 def _compare(kernel, device, band, nq, nk, head_dim, value_dim):

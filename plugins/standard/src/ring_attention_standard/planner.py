@@ -60,8 +60,9 @@ class BranchPlan(Plan):
             tiles = [
                 tile
                 for phase in range(self._phases(branch) if met else 0)
+                for heads in [Heads(phase, branch.rate)]
                 for tile in merge_tiles(
-                    replace(tile, heads=Heads(phase, branch.rate), batch=document.batch)
+                    Tile(tile.q, tile.kv, tile.mask, heads, document.batch)
                     for document, q, kv in met
                     for tile in branch.tiles(document, phase, q, kv, self.band)
                 )

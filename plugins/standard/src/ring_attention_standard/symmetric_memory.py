@@ -22,10 +22,10 @@ from ring_core.communication import RingCommunicationMixin
 from ring_core.comparing import compare
 from ring_core.copying import copy_chosen, shaped
 from ring_core.groups import rank_and_world
-from ring_core.plan import ALL_HEADS, Segments
+from ring_core.plan import ALL_HEADS
 from ring_core.protocols import Pending, Selection
 from ring_core.rounds import Block, Part, Round, Step
-from ring_core.rows import numel, select, take
+from ring_core.rows import numel, window
 from ring_core.softmax import gradient_dtype
 
 _ALIGNED = 256
@@ -266,10 +266,8 @@ class _Put:
         if self._run is not None:
             return x[:, self._run]
         assert self._part is not None
-        if isinstance(self._part.rows, Segments):
-            return take(x, self._part.rows, self._part.heads)
-        window = select(x, self._part.rows, self._part.heads)
-        return shaped(window, self.there.shape).contiguous()  # a view may be strided still
+        chosen = window(x, self._part.rows, self._part.heads)
+        return shaped(chosen, self.there.shape).contiguous()  # a view may be strided still
 
     def start(self, source: Tensor, chosen: Sequence[Tensor] = ()) -> None:
         """On the current stream.

@@ -25,6 +25,7 @@ class Cudnn(Rectangles):
     priority = 20
     head_sizes = range(8, 129, 8)
     least = 64  # its backward has no plan for single rows
+    few = 2048  # a call takes the processor as long as so many rows take with FlashAttention-2
 
     def refuse(self, problem: Problem) -> str | None:
         if reason := super().refuse(problem):

@@ -34,6 +34,8 @@ class Rectangles(ABC):
     """Tiles of fewer rows or keys than this go to FlashAttention-2 too."""
     joins: ClassVar[bool] = False
     """Whether one call takes sequences of different lengths, however short."""
+    few: ClassVar[int] = 0
+    """Of tiles of fewer rows and keys than this, FlashAttention-2 computes several in a call."""
 
     def refuse(self, problem: Problem) -> str | None:
         if reason := _flash.refuse(problem):
@@ -79,6 +81,16 @@ class Rectangles(ABC):
         """Rectangles and the kernel's triangles that are a tile which is open to the left."""
 
     def lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        small = [tile for tile in tiles if self._is_small(tile)]
+        together = _flash.lower(small)
+        if small and len(together) <= len(small) // 2:
+            return [*self._lower([one for one in tiles if not self._is_small(one)]), *together]
+        return self._lower(tiles)
+
+    def _is_small(self, tile: Tile) -> bool:
+        return tile.q.repeat == 1 and max(tile.q.count, tile.kv.count) < self.few
+
+    def _lower(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
         pieces = [piece for tile in tiles for piece in self._cut(tile)]
         if self.joins:
             pieces = joined(pieces, self._kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -18,37 +18,67 @@ from torch import Tensor
 from ring_attention_standard.kernels.heads import ready
 from ring_core.errors import KernelError
 from ring_core.masks import Band, Diagonal, Mask
-from ring_core.plan import Rows, Tile
+from ring_core.plan import ALL_HEADS, Rows, Segments, Tile
 from ring_core.protocols import AttentionKernel
 
+Kind = Callable[[int, int, Band], Hashable | None]
 
-def joined(tiles: Iterable[Tile], kind: Callable[[int, int, Band], Hashable | None]) -> list[Tile]:
+
+def joined(tiles: Iterable[Tile], kind: Kind) -> list[Tile]:
     """Tiles that one call can compute, as one under a :class:`Diagonal`; the others as they are.
 
     Args:
         kind: what (rows, keys, band) of one call's tiles must have in common; None: alone.
     """
     done: list[Tile] = []
-    alike: dict[Hashable, list[Tile]] = {}
+    runs: list[Tile] = []
+    strided: list[Tile] = []
     for tile in tiles:
-        what = None
-        if isinstance(tile.mask, Band) and tile.q.is_run and tile.kv.is_run:
-            what = kind(tile.q.count, tile.kv.count, tile.mask)
-        if what is None:
+        if _what(tile, kind) is None:
             done.append(tile)
         else:
-            alike.setdefault((what, tile.block, tile.heads, tile.batch), []).append(tile)
+            as_they_lie = tile.q.is_run and tile.kv.is_run and tile.heads == ALL_HEADS
+            (runs if as_they_lie else strided).append(tile)
+    done += (_hull(call) for call in _calls(runs, kind, _near))
+    # Documents begin anywhere, so what their segments keep lies on no common lattice, and seldom
+    # do all phases of heads keep equally many rows.
+    apart = _calls((one for tile in strided for one in _phases(tile)), kind, _behind)
+    return [*done, *(strided if len(strided) <= len(apart) else map(_gathered, apart))]
+
+
+def _what(tile: Tile, kind: Kind) -> Hashable | None:
+    if not isinstance(tile.mask, Band) or tile.q.repeat != 1 or tile.kv.repeat != 1:
+        return None
+    return kind(tile.q.count, tile.kv.count, tile.mask)
+
+
+def _phases(tile: Tile) -> Iterable[Tile]:
+    """A tile of several phases of heads by phase, where its keys are this rank's too: in what was
+    fetched, a block has the heads that the tile names."""
+    if tile.q.slant != tile.kv.slant:
+        return (tile,)
+    return (tile.only(range(p, p + 1)) for p in range(tile.heads.phases))
+
+
+def _calls(
+    tiles: Iterable[Tile], kind: Kind, goes_on: Callable[[Sequence[Tile], Tile], bool]
+) -> list[list[Tile]]:
+    """Which tiles one call each can compute, in ascending order."""
+    alike: dict[Hashable, list[Tile]] = {}
+    for tile in tiles:
+        key = _what(tile, kind), tile.block, tile.heads, tile.batch, tile.q.slant, tile.kv.slant
+        alike.setdefault(key, []).append(tile)
+    found = []
     for members in alike.values():
         calls: list[list[Tile]] = []
         for tile in sorted(members, key=lambda tile: (tile.q.start, tile.kv.start)):
-            open_calls = (call for call in calls if _continues(call, tile))
-            call = next(open_calls, None)
+            call = next((call for call in calls if goes_on(call, tile)), None)
             if call is None:
                 calls.append([tile])
             else:
                 call.append(tile)
-        done += map(_one, calls)
-    return done
+        found += calls
+    return found
 
 
 @dataclass(frozen=True)
@@ -210,35 +240,58 @@ def _row_by_row(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tu
     return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
 
-def _continues(call: Sequence[Tile], tile: Tile) -> bool:
+def _near(call: Sequence[Tile], tile: Tile) -> bool:
     """Whether ``tile`` lies behind a call's tiles, and not so far that most rows would be empty."""
-    for first, last, rows, held in (
-        (call[0].q, call[-1].q, tile.q, sum(one.q.count for one in call)),
-        (call[0].kv, call[-1].kv, tile.kv, sum(one.kv.count for one in call)),
+    for first, rows, held in (
+        (call[0].q, tile.q, sum(one.q.count for one in call)),
+        (call[0].kv, tile.kv, sum(one.kv.count for one in call)),
     ):
-        span = rows.start + rows.count - first.start
-        if rows.start < last.start + last.count or span > 2 * (held + rows.count):
+        if rows.start + rows.count - first.start > 2 * (held + rows.count):
             return False
-    return True
+    return _behind(call, tile)
 
 
-def _one(call: list[Tile]) -> Tile:
+def _behind(call: Sequence[Tile], tile: Tile) -> bool:
+    """Whether ``tile`` shares no row or key with a call's tiles, for no head."""
+    return not (tile.q.slant or tile.kv.slant) and all(
+        last.extent(1).stop <= rows.start
+        for last, rows in ((call[-1].q, tile.q), (call[-1].kv, tile.kv))
+    )
+
+
+def _hull(call: Sequence[Tile]) -> Tile:
+    """Tiles of neighbouring rows as one, with what lies between them."""
     if len(call) == 1:
         return call[0]
     q, kv = (
         Rows(first.start, last.start + last.count - first.start)
         for first, last in ((call[0].q, call[-1].q), (call[0].kv, call[-1].kv))
     )
+    starts = [(tile.q.start - q.start, tile.kv.start - kv.start) for tile in call]
+    return _as_one(call, q, kv, starts)
+
+
+def _gathered(call: Sequence[Tile]) -> Tile:
+    """Tiles of any rows as one, without what lies between them."""
+    if len(call) == 1:
+        return call[0]
+    sides = [tile.q for tile in call], [tile.kv for tile in call]
+    q, kv = (
+        Segments.of([range(one.start, one.extent(1).stop, one.step) for one in side])
+        for side in sides
+    )
+    rows, keys = (accumulate((one.count for one in side), initial=0) for side in sides)
+    return _as_one(call, q, kv, zip(rows, keys, strict=True))
+
+
+def _as_one(call: Sequence[Tile], q: Rows, kv: Rows, starts: Iterable[tuple[int, int]]) -> Tile:
+    """Tiles of a call as one of rows ``q`` and ``kv``, among which each's start there."""
     pieces = tuple(
-        (_counted(tile.q, q), _counted(tile.kv, kv), tile.mask)
-        for tile in call
+        (range(row, row + tile.q.count), range(key, key + tile.kv.count), tile.mask)
+        for tile, (row, key) in zip(call, starts, strict=False)
         if isinstance(tile.mask, Band)
     )
     return replace(call[0], q=q, kv=kv, mask=Diagonal(pieces))
-
-
-def _counted(rows: Rows, whole: Rows) -> range:
-    return range(rows.start - whole.start, rows.start - whole.start + rows.count)
 
 
 def _slice(rows: range) -> slice:
