@@ -1,9 +1,10 @@
 """Packed documents, from very many short ones to a few: dense and dilated, by kernel.
 
 ``python benchmarks/documents.py --output benchmarks/results`` writes a page and the numbers;
-without ``--output`` it prints the table. Lengths are drawn evenly from 1 to twice their mean. A new packing
-is a new plan: what its first call takes beyond a later one is shown. Errors are relative, of out,
-against float64 attention over documents alone; figures are of the slowest rank.
+without ``--output`` it prints the table. Lengths are drawn evenly from 1 to twice their mean. A new
+packing is a new plan, and new lengths to a kernel: what the first call with one takes beyond a
+later one is shown. Errors are relative, of out, against the definition in float64 over some of the
+documents; figures are of the slowest rank.
 """
 
 from __future__ import annotations

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked whether it can do."""
+    """What a kernel is asked whether it can do.
+
+    Attributes:
+        ragged: whether ``auto`` asks, for documents of several lengths, or a padded batch: lengths
+            that may never come again.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -31,6 +36,7 @@ class Problem:
     masks: frozenset[type[Mask]]
     dropout: bool
     deterministic: bool
+    ragged: bool = False
 
 
 @runtime_checkable

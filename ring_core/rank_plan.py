@@ -127,6 +127,11 @@ class RankPlan:
         return hashlib.sha256(repr(self.plan).encode()).hexdigest()[:16]
 
     @cached_property
+    def is_ragged(self) -> bool:
+        """Whether documents, or batch rows, are of several lengths."""
+        return len({(len(one.q), len(one.kv)) for one in self.sequences.documents}) > 1
+
+    @cached_property
     def masks(self) -> frozenset[type[Mask]]:
         """The kinds of mask that the plan's tiles have, on any rank."""
         return self.plan.masks

@@ -117,8 +117,9 @@ class Runtime:
     def problem(self, q: Tensor, value_dim: int, plan: RankPlan, dropout: bool) -> Problem:
         """What a kernel is asked for calls with ``plan`` and queries like ``q``."""
         deterministic = self.config.deterministic
+        ragged = self.config.kernel == "auto" and plan.is_ragged
         return Problem(
-            q.device, q.dtype, q.shape[-1], value_dim, plan.masks, dropout, deterministic
+            q.device, q.dtype, q.shape[-1], value_dim, plan.masks, dropout, deterministic, ragged
         )
 
     def kernel(self, problem: Problem) -> AttentionKernel:

@@ -197,6 +197,27 @@ def test_several_tiles_in_one_call(kernel, device, name):
         assert len(kernel.lower(tiles)) == 1
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ragged"),
+    [
+        ({"seq_len": 32}, False),
+        ({"cu_seqlens": [0, 16, 32]}, False),
+        ({"cu_seqlens": [0, 15, 32]}, True),
+        ({"seq_len": 32, "lengths": [32, 7]}, True),
+    ],
+)
+def test_auto_leaves_new_lengths_to_kernels_that_need_not_plan_them(monkeypatch, sizes, ragged):
+    monkeypatch.setattr(CudaFlash, "refuse", lambda self, problem: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q = torch.randn(1, 32, 2, 64, dtype=torch.bfloat16)
+    for named in ("auto", "cudnn"):
+        attention = registry.create("standard", causal=True, kernel=named)
+        asked = attention.runtime.problem(q, 64, attention.plan(**sizes), dropout=False)
+        assert asked.ragged == (ragged and named == "auto")
+        refusal = Cudnn().refuse(asked)
+        assert (refusal is not None and "each new length" in refusal) == asked.ragged
+
+
 def test_cudnn_leaves_short_documents_to_flash():
     """Many a call, where that saves calls; the long ones, and one alone, it computes itself."""
     ends = [0, *range(5000, 5000 + 40 * 130, 130)]

@@ -30,6 +30,8 @@ class Cudnn(Rectangles):
     def refuse(self, problem: Problem) -> str | None:
         if reason := super().refuse(problem):
             return reason
+        if problem.ragged:
+            return "takes a tenth of a second to plan each new length; kernel='cudnn' insists on it"
         return "its backward is not bitwise repeatable" if problem.deterministic else None
 
     def is_triangle(self, nq: int, nk: int, band: Band) -> bool:
