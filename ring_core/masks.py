@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -115,6 +115,18 @@ class Diagonal(Mask):
     """
 
     pieces: tuple[tuple[range, range, Band], ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Every call looks up what was made of it; of a thousand pieces this takes half a
+        # millisecond.
+        object.__setattr__(self, "_hash", hash(self.pieces))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Diagonal], tuple[Any, ...]]:
+        return Diagonal, (self.pieces,)  # another process hashes otherwise
 
     def visible(self, rows: range, nk: int, device: torch.device | None = None) -> Tensor:
         import torch

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ring_core.errors import PlanError
 from ring_core.layout import Layout
@@ -101,6 +101,19 @@ class Segments(Rows):
     """
 
     runs: tuple[range, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Every call looks up where the rows lie, many times; there may be thousands of runs.
+        object.__setattr__(self, "_hash", hash((self.start, self.count, self.runs)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Segments], tuple[Any, ...]]:
+        # Another process hashes otherwise.
+        rest = self.step, self.repeat, self.stride, self.slant, self.runs
+        return Segments, (self.start, self.count, *rest)
 
     @staticmethod
     def of(runs: Sequence[range]) -> Rows:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,8 +20,8 @@ from ring_attention_standard.planner import _work, plan_branches
 
 from ring_core import reference
 from ring_core.layout import contiguous, striped, zigzag
-from ring_core.masks import Band, trim
-from ring_core.plan import ForHeads
+from ring_core.masks import Band, Diagonal, trim
+from ring_core.plan import ForHeads, Segments
 from ring_core.program import Program
 from ring_core.rounds import elements_sent, rounds
 from ring_core.sequences import Sequences
@@ -240,6 +243,18 @@ def test_packed_documents_are_few_calls():
             assert len(own.tiles) == 1
             assert len(fetched.tiles) <= 3  # some rows see two runs of keys
             assert all(step.rounded for step in program.rounds[1].steps)
+
+
+def test_what_is_hashed_once_is_hashed_anew_in_another_process():
+    """Hashes of None are of one process."""
+    runs = Segments.of([range(4), range(6, 7), range(9, 15, 2)])
+    pieces = Diagonal(((range(3), range(4), Band(None, 1)), (range(3, 5), range(6, 7), Band())))
+    for one in (runs, replace(runs, step=1), pieces):
+        again = pickle.loads(pickle.dumps(one))
+        assert again == one == deepcopy(one)
+        assert hash(again) == hash(one) == hash(deepcopy(one))
+        assert "_hash" not in repr(one), "ranks compare plans by their text"
+        assert one.__reduce__()[1][-1] is (one.runs if one is not pieces else one.pieces)
 
 
 def _blocks(plan, one):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -175,10 +176,16 @@ class Rectangles(ABC):
 
     def _knows(self, nq: int, nk: int, mask: Mask) -> bool:
         if isinstance(mask, Diagonal):
-            kinds = {self._kind(len(q), len(kv), band) for q, kv, band in mask.pieces}
-            return self.joins and len(kinds) == 1 and None not in kinds
+            return self.joins and _is_of_one_kind(self, mask)
         assert isinstance(mask, Band)
         return min(nq, nk) >= self.least and self._kind(nq, nk, mask) is not None
+
+
+@lru_cache(maxsize=256)
+def _is_of_one_kind(kernel: Rectangles, mask: Diagonal) -> bool:
+    """Whether the kernel knows all pieces, and as one kind."""
+    kinds = {kernel._kind(len(q), len(kv), band) for q, kv, band in mask.pieces}
+    return len(kinds) == 1 and None not in kinds
 
 
 def _is_causal(mask: Mask) -> bool:
